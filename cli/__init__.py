@@ -1,0 +1,43 @@
+"""The `kimi-k26` command. Each subcommand is one module here, imported only when it is the one asked for."""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "attach": "put this project's code into a downloaded checkpoint folder, or take it out again",
+    "demo": "build a small random checkpoint and show it a picture and a video",
+}
+
+
+class CommandError(Exception):
+    """Something the user can mend; its text is all that is shown."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: The words after the program's name; those of this process when None.
+
+    Returns:
+        The exit status: 0 done, 1 refused or failed, 130 interrupted. Wrong usage leaves through argparse with 2.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="kimi-k26", description="Tools for Kimi-K2.6 checkpoints.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((word for word in argv if word in COMMANDS), None)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name == chosen:
+            command = importlib.import_module(f".{name}", __name__)
+            command.add_arguments(subparser)
+    args = parser.parse_args(argv)
+    try:
+        return command.run(args)
+    except (CommandError, OSError) as error:
+        print(f"kimi-k26 {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"kimi-k26 {args.command}: interrupted", file=sys.stderr)
+        return 130
