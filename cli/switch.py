@@ -180,7 +180,9 @@ class _Switch:
 def unfinished(folder: Path) -> bool:
     """Whether an interrupted change left something for `recover`."""
     switch = _Switch(folder)
-    return switch.journal.exists() or switch.work.exists()
+    if switch.journal.exists() or switch.work.exists():
+        return True
+    return switch.state.exists() and not any(path.is_file() for path in switch.state.rglob("*"))
 
 
 def recover(folder: Path) -> str:

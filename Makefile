@@ -1,0 +1,34 @@
+# `make test`  sets up one environment per supported transformers version and runs all tests in each.
+# `make demo`  sets up one environment and shows the model at work.
+# Environments stand under .venv/ and are used again while the requirements stay the same.
+
+PYTHON ?= python3
+TORCH := 2.13.0
+VERSIONS := 4.57.1 4.57.6 5.23.0
+NEWEST := $(lastword $(VERSIONS))
+
+.PHONY: test demo clean
+
+test: $(VERSIONS:%=.venv/%/complete)
+	@failed=; for version in $(VERSIONS); do \
+	    echo "== transformers $$version"; \
+	    .venv/$$version/bin/python -m pytest -q || failed="$$failed $$version"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "tests failed with transformers$$failed"; exit 1; fi
+
+demo: .venv/$(NEWEST)/complete
+	.venv/$(NEWEST)/bin/kimi-k26 demo
+
+clean:
+	rm -rf .venv build dist *.egg-info demo-output .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and pinned, so that nothing after it brings another build. Files are compiled when first imported.
+.venv/%/complete: tests/requirements.txt pyproject.toml setup.py Makefile
+	rm -rf .venv/$*
+	$(PYTHON) -m venv .venv/$*
+	.venv/$*/bin/python -m pip install -q --no-compile torch==$(TORCH)
+	.venv/$*/bin/python -m pip install -q --no-compile torch==$(TORCH) transformers==$* -r tests/requirements.txt
+	.venv/$*/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	.venv/$*/bin/python -m pip check
+	touch $@

@@ -1,0 +1,23 @@
+"""What all tests share. Runs before any library is imported."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Nothing is downloaded, and copies of remote code made by one run (or library version) are not met by another.
+_HOME = tempfile.TemporaryDirectory(prefix="kimi-k26-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = _HOME.name
+os.environ["HF_MODULES_CACHE"] = os.path.join(_HOME.name, "modules")
+os.environ.pop("TRANSFORMERS_CACHE", None)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden files, beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip("the golden files are not beside this repository (../shared/golden)")
+    return folder
