@@ -1,0 +1,713 @@
+"""Text ⇄ ids: the byte-pair vocabulary of `tiktoken.model` behind the library's tokenizer interface.
+
+Ids run over the byte-pair ranks of the file, then 256 special ids. The special ones that `tokenizer_config.json` names
+(`added_tokens_decoder`) bear those names, the others are `<|reserved_token_ID|>`; tokens a user adds come after them.
+Text goes to tiktoken in one piece and comes back in one piece: nothing here works token by token, except where the caller
+asks for tokens as strings.
+"""
+
+import base64
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tiktoken
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+from transformers.utils import get_json_schema, logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .tool_declaration_kimi import encode_tools_to_typescript, sort_deeply
+
+
+logger = logging.get_logger(__name__)
+
+VOCAB_FILES_NAMES = {"vocab_file": "tiktoken.model"}
+SPECIAL_ID_COUNT = 256
+
+# How text is cut before byte pairs are merged. `&&` is set intersection.
+SPLIT_PATTERN = "|".join(
+    [
+        r"[\p{Han}]+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+# tiktoken panics on longer input. The published tokenizer cuts at exactly these lengths, and where text is cut shows in
+# the ids, so they are part of the vocabulary.
+MAX_PIECE_CHARS = 400_000
+MAX_RUN_CHARS = 25_000
+
+# One printable character per byte, so that tokens which are not UTF-8 have a string form that leads back to the bytes.
+# The table is the one byte-level vocabularies have used since GPT-2: printable Latin-1 stands for itself, the other
+# bytes take the characters from U+0100 on.
+_PRINTABLE_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHER_BYTES = sorted(set(range(256)) - set(_PRINTABLE_BYTES))
+_CHAR_OF_BYTE = {byte: chr(byte) for byte in _PRINTABLE_BYTES} | {b: chr(256 + i) for i, b in enumerate(_OTHER_BYTES)}
+_BYTE_OF_CHAR = {char: byte for byte, char in _CHAR_OF_BYTE.items()}
+
+
+def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
+    """Read a `tiktoken.model` file: one `BASE64 RANK` per line → bytes to rank.
+
+    Raises:
+        ValueError: a line is not of that form, or the ranks are not 0, 1, 2, … each once; names file and line.
+    """
+    ranks: dict[bytes, int] = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: expected 'BASE64 RANK', found {line[:80]!r}") from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path}: the ranks of its {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once")
+    return ranks
+
+
+def split_long_text(text: str) -> Iterator[str]:
+    """Cut `text` into pieces tiktoken can take: at most 400,000 characters, no run of whitespace or of non-whitespace
+    longer than 25,000. Joined they are `text`; ordinary text is one piece."""
+    for start in range(0, len(text), MAX_PIECE_CHARS):
+        piece = text[start : start + MAX_PIECE_CHARS]
+        # A run longer than the limit fills one of these windows, so text without such a window needs no closer look.
+        half = MAX_RUN_CHARS // 2
+        windows = (piece[i : i + half] for i in range(0, len(piece) - half + 1, half))
+        if len(piece) <= MAX_RUN_CHARS or not any(w.isspace() or not re.search(r"\s", w) for w in windows):
+            yield piece
+            continue
+        cut = 0
+        for run in re.finditer(r"\s+|\S+", piece):
+            for end in range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS):
+                yield piece[cut:end]
+                cut = end
+        yield piece[cut:]
+
+
+class TikTokenTokenizer(PreTrainedTokenizer):
+    """The Kimi-K2.6 tokenizer.
+
+    No token is added to a text by itself, no `[BOS]` either. Special tokens written in a text become their ids, unless a
+    call says `split_special_tokens=True` (the library's word) or `allow_special_tokens=False` (the published one).
+    `skip_special_tokens=True` drops the tokens marked `special` in `tokenizer_config.json`: not the markers of thinking and
+    tool calls, which belong to the reply, and not the reserved ones, which no reply should hold.
+
+    Args:
+        vocab_file: path of `tiktoken.model`.
+        added_tokens_decoder: id → `AddedToken`, from `tokenizer_config.json`. Must name the special tokens.
+        kwargs: as for every tokenizer of the library.
+
+    Raises:
+        ValueError: the vocabulary file is malformed, or none of the 256 special ids has a name.
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike,
+        bos_token: str | AddedToken = "[BOS]",
+        eos_token: str | AddedToken = "[EOS]",
+        unk_token: str | AddedToken | None = "[UNK]",
+        pad_token: str | AddedToken | None = "[PAD]",
+        added_tokens_decoder: dict[int, AddedToken] | None = None,
+        **kwargs,
+    ):
+        ranks = read_ranks(vocab_file)
+        added = dict(added_tokens_decoder or {})
+        special_ids = range(len(ranks), len(ranks) + SPECIAL_ID_COUNT)
+        if not any(index in added for index in special_ids):
+            raise ValueError(
+                f"added_tokens_decoder names none of the special ids {special_ids[0]} to {special_ids[-1]} that follow "
+                f"the {len(ranks)} tokens of {vocab_file}; given were {sorted(added) or 'no ids'}. It is read from "
+                "tokenizer_config.json, which must belong to the same vocabulary."
+            )
+        specials = {str(added.get(index, f"<|reserved_token_{index}|>")): index for index in special_ids}
+        clash = [name for name in specials if name.encode() in ranks]
+        if clash or len(specials) < SPECIAL_ID_COUNT:
+            raise ValueError(f"special tokens must differ from each other and from the vocabulary; see {clash or added}")
+        self._encoding = tiktoken.Encoding(
+            "kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
+        )
+        by_rank = sorted(ranks, key=ranks.__getitem__)
+        self._tokens = [token.decode("latin-1").translate(_CHAR_OF_BYTE) for token in by_rank] + list(specials)
+        self._token_ids = {token: index for index, token in enumerate(self._tokens)}
+
+        # The library lists the special tokens twice: here, and by flag in added_tokens_decoder. Version 5 renamed the
+        # list; it is kept under the old name, which both read.
+        listed = kwargs.pop("extra_special_tokens", None)
+        if isinstance(listed, dict):
+            kwargs["extra_special_tokens"] = listed
+        elif listed:
+            kwargs["additional_special_tokens"] = list(listed)
+        if not kwargs.get("additional_special_tokens"):
+            named = {str(token) for token in (bos_token, eos_token, unk_token, pad_token)}
+            flagged = [str(token) for _, token in sorted(added.items()) if token.special]
+            kwargs["additional_special_tokens"] = [token for token in flagged if token not in named]
+        if not kwargs.get("extra_special_tokens"):
+            kwargs.pop("extra_special_tokens", None)
+
+        super().__init__(
+            bos_token=bos_token,
+            eos_token=eos_token,
+            unk_token=unk_token,
+            pad_token=pad_token,
+            added_tokens_decoder=added,
+            **kwargs,
+        )
+
+    # ---- Vocabulary ----
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the byte pairs and the 256 special ones, without tokens a user added; `len(tokenizer)` counts those."""
+        return len(self._tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self._token_ids, **self._added_tokens_encoder}
+
+    def _update_total_vocab_size(self):
+        # The library calls this whenever the added tokens have changed.
+        super()._update_total_vocab_size()
+        known = self._encoding._special_tokens
+        self._late_tokens = {i: t for i, t in self._added_tokens_decoder.items() if i >= self.vocab_size}
+        own = [
+            token
+            for token in self._added_tokens_decoder.values()
+            if token.content not in known or token.lstrip or token.rstrip or token.single_word
+        ]
+        # tiktoken finds its own special tokens. Only where a user added others must the text be searched beforehand,
+        # and then for all of them together, as the longest match wins.
+        names = {token.content for token in own} | set(known) if own else ()
+        longest_first = sorted(names, key=len, reverse=True)
+        self._added_pattern = re.compile("|".join(map(re.escape, longest_first))) if own else None
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._token_ids.get(token, self.unk_token_id)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < len(self._tokens):
+            raise ValueError(f"token id {index} is outside the vocabulary, 0 to {len(self) - 1}")
+        return self._tokens[index]
+
+    def _special_ids(self) -> set[int]:
+        return {i for i, token in self._added_tokens_decoder.items() if token.special} | set(self.all_special_ids)
+
+    def convert_ids_to_tokens(self, ids, skip_special_tokens: bool = False) -> str | list[str]:
+        """Ids → tokens as strings, one printable character per byte (special and added tokens as they are written)."""
+        ids = _as_python(ids)
+        if isinstance(ids, list):
+            skipped = self._special_ids() if skip_special_tokens else ()
+            return [self.convert_ids_to_tokens(index) for index in ids if index not in skipped]
+        index = int(ids)
+        token = self._added_tokens_decoder.get(index)
+        return token.content if token is not None else self._convert_id_to_token(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Tokens as strings → the text they spell; bytes that are not UTF-8 become U+FFFD."""
+        spelled = b""
+        for token in tokens:
+            if token not in self._added_tokens_encoder and all(char in _BYTE_OF_CHAR for char in token):
+                spelled += bytes(_BYTE_OF_CHAR[char] for char in token)
+            else:
+                spelled += token.encode("utf-8", errors="replace")
+        return spelled.decode("utf-8", errors="replace")
+
+    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None) -> list[int]:
+        return token_ids_0 if token_ids_1 is None else token_ids_0 + token_ids_1
+
+    # ---- Text → ids ----
+
+    def _segments(self, text: str, plain: bool) -> Iterator[tuple[list[int], int, int]]:
+        """Ids of consecutive parts of `text` with the character range of each part."""
+        if plain or self._added_pattern is None:
+            allowed = set() if plain else "all"
+            start = 0
+            for piece in split_long_text(text):
+                ids = self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+                yield ids, start, start + len(piece)
+                start += len(piece)
+            return
+
+        def between(start, end):
+            for ids, first, last in self._segments(text[start:end], plain=True):
+                yield ids, start + first, start + last
+
+        done = 0
+        for match in self._added_pattern.finditer(text):
+            index = self.convert_tokens_to_ids(match.group())
+            token = self._added_tokens_decoder.get(index, AddedToken(match.group()))
+            start, end = match.span()
+            if token.single_word and not (text[start - 1 : start] in ("", " ") and text[end : end + 1] in ("", " ")):
+                continue
+            if start < done:  # the token before has taken the spaces this one begins with
+                continue
+            left = len(text[done:start].rstrip()) + done if token.lstrip else start
+            yield from between(done, left)
+            yield [index], start, end
+            done = len(text) - len(text[end:].lstrip()) if token.rstrip else end
+        yield from between(done, len(text))
+
+    def _text_ids(self, text: str, plain: bool) -> list[int]:
+        segments = [ids for ids, _, _ in self._segments(text, plain)]
+        return segments[0] if len(segments) == 1 else [index for ids in segments for index in ids]
+
+    def _ids_and_offsets(self, text: str, plain: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text` and for each the range of characters it holds bytes of (several may share a character)."""
+        # tiktoken replaces what UTF-8 cannot carry; doing it first keeps the counts right.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        all_ids, offsets = [], []
+        for ids, start, end in self._segments(text, plain):
+            all_ids += ids
+            if len(ids) == 1:
+                offsets.append((start, end))
+                continue
+            for token in self._encoding.decode_tokens_bytes(ids):
+                begun = sum((byte & 0xC0) != 0x80 for byte in token)  # characters whose first byte is in this token
+                inside = (token[0] & 0xC0) == 0x80  # it continues a character begun before
+                offsets.append((start - inside, start + begun))
+                start += begun
+        return all_ids, offsets
+
+    def encode(
+        self,
+        text,
+        text_pair=None,
+        add_special_tokens: bool = True,
+        padding=False,
+        truncation=None,
+        max_length: int | None = None,
+        stride: int = 0,
+        padding_side: str | None = None,
+        return_tensors=None,
+        **kwargs,
+    ):
+        """Text (or tokens as strings, or ids) → list of ids, or a tensor `(1, n)` with `return_tensors`."""
+        if isinstance(text, (list, tuple)) and text and isinstance(text[0], str) and not kwargs.get("is_split_into_words"):
+            text = self.convert_tokens_to_ids(list(text))
+        return self(
+            text,
+            text_pair,
+            add_special_tokens=add_special_tokens,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            stride=stride,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+            **kwargs,
+        )["input_ids"]
+
+    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
+        """Text → tokens as strings; see `convert_ids_to_tokens`."""
+        return self.convert_ids_to_tokens(self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs))
+
+    def __call__(
+        self,
+        text=None,
+        text_pair=None,
+        text_target=None,
+        text_pair_target=None,
+        add_special_tokens: bool = True,
+        padding=False,
+        truncation=None,
+        max_length: int | None = None,
+        *,
+        max_target_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        verbose: bool = True,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> BatchEncoding:
+        """One text, or a list of texts or of pairs of texts → `input_ids` and `attention_mask`.
+
+        Arguments are the library's. Beyond what its Python tokenizers do, `return_offsets_mapping=True` gives the
+        character range of every token (not for pairs). A sequence of ids stands for itself.
+
+        Raises:
+            TypeError: an input is neither text nor ids; names its index in the batch.
+        """
+        kwargs = {"add_special_tokens": add_special_tokens, **(tokenizer_kwargs or {}), **kwargs}
+        padding_strategy, truncation_strategy, max_length, kwargs = self._get_padding_truncation_strategies(
+            padding=kwargs.pop("padding", padding),
+            truncation=kwargs.pop("truncation", truncation),
+            max_length=kwargs.pop("max_length", max_length),
+            pad_to_multiple_of=pad_to_multiple_of,
+            verbose=verbose,
+            **kwargs,
+        )
+        kwargs.update(
+            padding_strategy=padding_strategy,
+            truncation_strategy=truncation_strategy,
+            pad_to_multiple_of=pad_to_multiple_of,
+            verbose=verbose,
+        )
+        if text is None and text_target is not None:
+            return self._encode_plus(text_target, text_pair_target, max_length=max_target_length or max_length, **kwargs)
+        encoded = self._encode_plus(text, text_pair, max_length=max_length, **kwargs)
+        if text_target is not None:
+            target = self._encode_plus(
+                text_target, text_pair_target, max_length=max_target_length or max_length, **kwargs
+            )
+            encoded["labels"] = target["input_ids"]
+        return encoded
+
+    def _batch_encode_plus(self, batch_text_or_text_pairs, **kwargs) -> BatchEncoding:
+        # Version 4's `batch_encode_plus` ends here; version 5 has one method for one text and for many.
+        return self._encode_plus(list(batch_text_or_text_pairs), **kwargs)
+
+    def _encode_plus(
+        self,
+        text,
+        text_pair=None,
+        add_special_tokens: bool = True,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors=None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        verbose: bool = True,
+        split_special_tokens: bool | None = None,
+        allow_special_tokens: bool = True,
+        sanitize_control_tokens: bool = False,
+        **kwargs,
+    ) -> BatchEncoding:
+        if kwargs:
+            logger.warning(f"Keyword arguments {kwargs} not recognized.")
+        plain = (self.split_special_tokens if split_special_tokens is None else split_special_tokens) or not (
+            allow_special_tokens
+        )
+
+        def ids_of(given, name):
+            """Ids of one sequence, and its offsets where asked for and known."""
+            if isinstance(given, str):
+                if sanitize_control_tokens:  # version 5: a rendered chat with marks in it
+                    from transformers.utils.chat_template_utils import encode_marked_chat
+
+                    return encode_marked_chat(self, given), None
+                return self._ids_and_offsets(given, plain) if return_offsets_mapping else (self._text_ids(given, plain), None)
+            if isinstance(given, (list, tuple)):
+                if all(isinstance(item, int) for item in given):
+                    return list(given), None
+                if is_split_into_words and all(isinstance(item, str) for item in given):
+                    return [index for word in given for index in self._text_ids(word, plain)], None
+            allowed = "a list of strings" if is_split_into_words else "a string, a pair of strings in a batch,"
+            raise TypeError(f"{name} must be {allowed} or a list of ids, not {_describe(given)}")
+
+        sequences, is_batch = _as_batch(text, text_pair, is_split_into_words)
+        columns: dict[str, list] = {"input_ids": []}
+        all_offsets = []
+        for index, (first, second) in enumerate(sequences):
+            where = f"[{index}]" if is_batch else ""
+            first_ids, offsets = ids_of(first, f"text{where}")
+            second_ids = None if second is None else ids_of(second, f"text_pair{where}")[0]
+            if return_offsets_mapping and (offsets is None or second is not None):
+                raise NotImplementedError("return_offsets_mapping is there for single texts, not for pairs, words or ids")
+            row = self.prepare_for_model(
+                first_ids,
+                second_ids,
+                add_special_tokens=add_special_tokens,
+                padding=PaddingStrategy.DO_NOT_PAD.value,  # the batch is padded below
+                truncation=truncation_strategy.value,
+                max_length=max_length,
+                stride=stride,
+                return_attention_mask=False,
+                return_token_type_ids=return_token_type_ids,
+                return_overflowing_tokens=return_overflowing_tokens,
+                return_special_tokens_mask=return_special_tokens_mask,
+                return_length=return_length,
+                verbose=verbose,
+            )
+            if return_overflowing_tokens:  # version 5 leaves these out of rows that were not cut
+                row.setdefault("overflowing_tokens", [])
+                row.setdefault("num_truncated_tokens", 0)
+            for key, value in row.items():
+                columns.setdefault(key, []).append(value)
+            if return_offsets_mapping:
+                kept = len(row["input_ids"])
+                all_offsets.append(offsets[:kept] if self.truncation_side == "right" else offsets[len(offsets) - kept :])
+
+        padded = self.pad(
+            columns,
+            padding=padding_strategy.value,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_attention_mask=return_attention_mask,
+            verbose=verbose,
+        )
+        data = dict(padded)
+        if return_offsets_mapping:
+            on_left = (padding_side or self.padding_side) == "left"
+            missing = [[(0, 0)] * (len(row) - len(known)) for row, known in zip(data["input_ids"], all_offsets)]
+            data["offset_mapping"] = [m + o if on_left else o + m for m, o in zip(missing, all_offsets)]
+        if return_length and not is_batch:
+            data["length"] = [len(row) for row in data["input_ids"]]  # of one text, the library counts the padding too
+        if return_tensors is not None:
+            # Rows of unequal length do not make a tensor.
+            for key in ("overflowing_tokens", "num_truncated_tokens") if return_overflowing_tokens else ():
+                data.pop(key)
+            if not any(data["input_ids"]):  # an empty list would become a tensor of floats
+                data = {key: np.zeros(np.shape(value), dtype=np.int64) for key, value in data.items()}
+        elif not is_batch:
+            data = {key: value[0] for key, value in data.items()}
+        return BatchEncoding(data, tensor_type=return_tensors)
+
+    # ---- Ids → text ----
+
+    def decode(self, token_ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces=None, **kwargs):
+        """Ids → text; a batch of ids → a list of texts. Bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            token_ids: one id, a sequence of ids or a sequence of sequences: int, list, NumPy array or torch tensor.
+
+        Raises:
+            ValueError: an id is outside the vocabulary; names its position.
+        """
+        token_ids = _as_python(token_ids)
+        if isinstance(token_ids, list) and token_ids and isinstance(_as_python(token_ids[0]), list):
+            return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces, **kwargs) for row in token_ids]
+        return self._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces)
+
+    def batch_decode(self, sequences, skip_special_tokens: bool = False, clean_up_tokenization_spaces=None, **kwargs):
+        """A sequence of sequences of ids → a list of texts. A flat sequence of ids counts as ids to decode one by one on
+        version 4 and as one text on version 5 of the library; here it is one text in a list."""
+        text = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
+        if isinstance(text, str):
+            return [text] if len(sequences) else []
+        return text
+
+    def _decode(self, token_ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces=None, **kwargs) -> str:
+        ids = token_ids if isinstance(token_ids, list) else [token_ids]
+        if skip_special_tokens:
+            skipped = self._special_ids()
+            ids = [index for index in ids if index not in skipped]
+        try:
+            if self._late_tokens and any(index in self._late_tokens for index in ids):
+                spelled = self._bytes_with_late_tokens(ids)
+            else:
+                spelled = self._encoding.decode_bytes(ids)
+        except (KeyError, OverflowError, TypeError) as error:
+            for position, index in enumerate(ids):
+                if not isinstance(index, (int, np.integer)):
+                    raise TypeError(f"token_ids[{position}] must be an integer, not {_describe(index)}") from error
+                if not 0 <= index < len(self._tokens) and index not in self._late_tokens:
+                    raise ValueError(
+                        f"token_ids[{position}] is {index}, outside the vocabulary, 0 to {len(self) - 1}"
+                    ) from error
+            raise
+        text = spelled.decode("utf-8", errors="replace")
+        clean = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean else text
+
+    def _bytes_with_late_tokens(self, ids: list[int]) -> bytes:
+        parts, start = [], 0
+        for position, index in enumerate(ids):
+            if index in self._late_tokens:
+                parts += [self._encoding.decode_bytes(ids[start:position]), self._late_tokens[index].content.encode()]
+                start = position + 1
+        return b"".join([*parts, self._encoding.decode_bytes(ids[start:])])
+
+    # ---- Files ----
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Write `tiktoken.model`, the bytes it was read from, into an existing folder; return its path."""
+        name = (f"{filename_prefix}-" if filename_prefix else "") + VOCAB_FILES_NAMES["vocab_file"]
+        path = os.path.join(save_directory, name)
+        ranks = self._encoding._mergeable_ranks
+        with open(path, "wb") as file:
+            for token in sorted(ranks, key=ranks.__getitem__):
+                file.write(base64.b64encode(token) + b" %d\n" % ranks[token])
+        return (path,)
+
+    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
+        # Both versions have written tokenizer_config.json by now. Version 5 names the list of special tokens so that
+        # version 4, and engines built on it, fail on it; put it in the published form, which all read.
+        for path in file_names:
+            if os.path.basename(path).endswith("tokenizer_config.json"):
+                with open(path, encoding="utf-8") as file:
+                    config = json.load(file)
+                listed = config.get("extra_special_tokens")
+                if isinstance(listed, list):
+                    config["additional_special_tokens"] = listed
+                    config["extra_special_tokens"] = {}
+                for key in ("backend", "is_local", "local_files_only"):
+                    config.pop(key, None)
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        return super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+
+    # ---- Chats ----
+
+    def apply_chat_template(
+        self,
+        conversation,
+        tools: list | None = None,
+        documents: list[dict] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        *,
+        return_assistant_tokens_mask: bool = False,
+        thinking: bool | None = True,
+        preserve_thinking: bool = False,
+        **kwargs,
+    ):
+        """Messages → ids, or text with `tokenize=False`. The other arguments and the result are the library's.
+
+        Args:
+            conversation: messages in OpenAI's form, or a list of such lists.
+            tools: dicts in OpenAI's form, or Python functions with type hints and docstring.
+            add_generation_prompt: end with the opening of a reply. Default: yes, unless `continue_final_message` or
+                `return_assistant_tokens_mask` is set.
+            return_assistant_tokens_mask: also return `assistant_masks`, 1 on the tokens that are the assistant's own words
+                (reasoning, content, calls and the closing `<|im_end|>`), 0 elsewhere; implies `return_dict`.
+            thinking: False asks for an answer without thinking and shows none of the earlier thinking.
+            preserve_thinking: show the thinking of all earlier turns, not only of those after the last finished answer.
+
+        Raises:
+            TypeError: `thinking` or `preserve_thinking` is not a bool, or a tool neither dict nor function.
+            ValueError: the conversation is empty, or there is no chat template.
+        """
+        for name, flag in (("thinking", thinking), ("preserve_thinking", preserve_thinking)):
+            if flag is not None and not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True, False or None, not {_describe(flag)}")
+        if isinstance(conversation, (list, tuple)) and not conversation:
+            raise ValueError("conversation is empty; give at least one message")
+        if add_generation_prompt is None:
+            add_generation_prompt = not (continue_final_message or return_assistant_tokens_mask)
+        if tools is not None:
+            tools = sort_deeply([_tool_schema(tool, index) for index, tool in enumerate(tools)])
+        if tools and "tools_ts_str" not in kwargs:
+            try:
+                kwargs["tools_ts_str"] = encode_tools_to_typescript(tools)
+            except ValueError as error:
+                logger.warning(f"The tools are shown as JSON: {error}")
+                kwargs["tools_ts_str"] = ""
+        arguments = {
+            "tools": tools,
+            "documents": documents,
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "thinking": thinking is not False,
+            "preserve_thinking": bool(preserve_thinking),
+            **kwargs,
+        }
+        if not return_assistant_tokens_mask:
+            return super().apply_chat_template(conversation, tokenize=tokenize, **arguments)
+        if not tokenize or not kwargs.get("return_dict", True) or continue_final_message:
+            raise ValueError(
+                "return_assistant_tokens_mask=True needs tokenize=True, return_dict=True and no continue_final_message"
+            )
+        return self._chat_with_assistant_mask(conversation, **arguments)
+
+    def _chat_with_assistant_mask(
+        self,
+        conversation,
+        chat_template=None,
+        tools=None,
+        padding=False,
+        truncation=False,
+        max_length=None,
+        return_tensors=None,
+        return_dict=True,
+        tokenizer_kwargs=None,
+        sanitize_control_tokens=False,
+        **template_kwargs,
+    ) -> BatchEncoding:
+        # The library reads token positions from fast tokenizers only; here they come from the offsets.
+        if sanitize_control_tokens:
+            raise ValueError("sanitize_control_tokens=True does not go with return_assistant_tokens_mask=True")
+        is_batch = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+        texts, spans = render_jinja_template(
+            conversations=conversation if is_batch else [conversation],
+            tools=tools,
+            chat_template=self.get_chat_template(chat_template, tools),
+            return_assistant_tokens_mask=True,
+            **{**self.special_tokens_map, **template_kwargs},
+        )
+        encoded = self(
+            texts,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            **(tokenizer_kwargs or {}),
+        )
+        encoded["assistant_masks"] = [
+            [int(any(first <= start < end <= last for first, last in ranges)) for start, end in offsets]
+            for offsets, ranges in zip(encoded.pop("offset_mapping"), spans)
+        ]
+        if not is_batch and not return_tensors:
+            return BatchEncoding({key: value[0] for key, value in encoded.items()})
+        return BatchEncoding(dict(encoded), tensor_type=return_tensors)
+
+
+def _as_batch(text, text_pair, is_split_into_words: bool) -> tuple[list[tuple], bool]:
+    """The library's rules for what is one input and what a batch → (list of (first, second or None), whether a batch)."""
+    is_list = isinstance(text, (list, tuple))
+    if is_split_into_words:
+        is_batch = is_list and len(text) > 0 and isinstance(text[0], (list, tuple))
+    else:
+        is_batch = is_list and not (text and isinstance(text[0], int))
+    if not is_batch:
+        return [(text, text_pair)], False
+    if text_pair is not None:
+        if not isinstance(text_pair, (list, tuple)):
+            raise TypeError(f"text is a batch, so text_pair must be a list too, not {_describe(text_pair)}")
+        if len(text) != len(text_pair):
+            raise ValueError(f"text has {len(text)} items, text_pair has {len(text_pair)}; they must be as many")
+        return list(zip(text, text_pair)), True
+    part = (list, tuple) if is_split_into_words else (str, list, tuple)
+    return [
+        tuple(item)
+        if isinstance(item, tuple if is_split_into_words else (list, tuple))
+        and len(item) == 2
+        and all(isinstance(half, part) for half in item)
+        else (item, None)
+        for item in text
+    ], True
+
+
+def _as_python(ids):
+    """Arrays and tensors → lists and ints; tuples → lists."""
+    if hasattr(ids, "tolist"):
+        return ids.tolist()
+    return list(ids) if isinstance(ids, tuple) else ids
+
+
+def _tool_schema(tool, index: int) -> dict:
+    if isinstance(tool, dict):
+        return tool
+    if callable(tool):
+        return get_json_schema(tool)
+    raise TypeError(f"tools[{index}] must be a dict or a function, not {_describe(tool)}")
+
+
+def _describe(value) -> str:
+    return f"{value!r:.80} of type {type(value).__name__}" if value is not None else "None"
