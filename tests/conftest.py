@@ -21,3 +21,11 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip("the golden files are not beside this repository (../shared/golden)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A small random checkpoint with INT4 experts, with this project's code attached. Tests must not write to it."""
+    from kimi_k26.cli.tiny import make_tiny_checkpoint
+
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")

@@ -1,0 +1,120 @@
+"""`kimi-k26 demo`: a small random checkpoint, loaded as a user would load the big one, sees a picture and a video."""
+
+import re
+import textwrap
+import time
+from pathlib import Path
+
+NEW_TOKENS = 24
+WIDTH = 110
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-output"), help="where the checkpoint, picture and video go (%(default)s)"
+    )
+
+
+def draw_picture(path: Path) -> None:
+    """A picture with three figures, 336 by 224 pixels."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (336, 224), "white")
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((30, 60, 120, 150), fill="crimson")
+    draw.rectangle((140, 90, 210, 160), fill="royalblue")
+    draw.polygon([(270, 50), (320, 150), (225, 150)], fill="seagreen")
+    image.save(path)
+
+
+def record_video(path: Path, seconds: int = 3, rate: int = 12) -> None:
+    """A ball that rolls from left to right, 224 by 168 pixels, MPEG-4 in an mp4 file."""
+    import av
+    from PIL import Image, ImageDraw
+
+    frames = seconds * rate
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 224, 168, "yuv420p"
+        for number in range(frames):
+            image = Image.new("RGB", (224, 168), "white")
+            x = 10 + 160 * number // (frames - 1)
+            ImageDraw.Draw(image).ellipse((x, 60, x + 44, 104), fill="darkorange")
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+
+
+def run(args) -> int:
+    import torch
+    import transformers
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from .tiny import make_tiny_checkpoint
+
+    transformers.logging.set_verbosity_error()
+    folder = make_tiny_checkpoint(args.out / "checkpoint")
+    picture, video = args.out / "picture.png", args.out / "video.mp4"
+    draw_picture(picture)
+    record_video(video)
+
+    start = time.perf_counter()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    seconds = time.perf_counter() - start
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    tensors = sum(1 for _ in model.state_dict())
+
+    print("Kimi-K2.6 in small. The weights are random: shapes, tokens and speed are real, the words are noise.\n")
+    _row("checkpoint", f"{folder}, {size / 1e6:.1f} MB in {tensors:,} tensors, routed experts as INT4 words")
+    _row("loaded", f"in {seconds:.1f} s by AutoProcessor and AutoModelForImageTextToText, trust_remote_code=True")
+    _row("with", f"transformers {transformers.__version__}, torch {torch.__version__}")
+
+    question = {"type": "text", "text": "What do you see?"}
+    image_part = {"type": "image_url", "image_url": {"url": str(picture)}}
+    video_part = {"type": "video_url", "video_url": {"url": str(video)}}
+    _show(1, "Text alone", processor, model, "Which one is bigger, 9.11 or 9.9?")
+    _show(2, f"A picture ({picture})", processor, model, [image_part, question])
+    _show(3, f"A video ({video})", processor, model, [video_part, question])
+    _show(4, "Both, without thinking", processor, model, [image_part, video_part, question], thinking=False)
+    print("\nThe real checkpoint takes the same calls: `kimi-k26 attach FOLDER`, then load FOLDER as above.")
+    return 0
+
+
+def _row(name: str, text: str) -> None:
+    print(f"  {name:<13} {text}")
+
+
+def _show(number: int, title: str, processor, model, content, **flags) -> None:
+    """One question: what the model is given, and what it gives back."""
+    import torch
+
+    print(f"\n{number}. {title}")
+    messages = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **flags
+    )
+    ids = inputs["input_ids"]
+    prompt = processor.tokenizer.decode(ids[0])
+    media = prompt.count("<|media_pad|>")
+    prompt = re.sub(r"(?:<\|media_pad\|>)+", lambda run: f"<|media_pad|>×{len(run.group()) // 13}", prompt)
+    for index, line in enumerate(textwrap.wrap(prompt.replace("\n", "⏎"), WIDTH - 16, break_on_hyphens=False)):
+        _row("" if index else "prompt", line)
+    _row("input_ids", f"{tuple(ids.shape)}" + (f", of which {media} stand for what was seen" if media else ""))
+    if media:
+        pixels = inputs["pixel_values"]
+        _row("pixel_values", f"{tuple(pixels.shape)} {str(pixels.dtype).removeprefix('torch.')}: patches of 14×14")
+        clips = inputs["grid_thws"].tolist()
+        _row("grid_thws", f"{clips}: frames, patch rows, patch columns of each picture or clip")
+
+    with torch.inference_mode():
+        output = model(**inputs, use_cache=True)
+    layers = output.past_key_values.layers
+    cached = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+    _row("logits", f"{tuple(output.logits.shape)}")
+    _row("cache", f"{cached // ids.numel():,} bytes a token: one latent and one rotary key in each of {len(layers)} layers")
+
+    start = time.perf_counter()
+    answer = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
+    seconds = time.perf_counter() - start
+    text = processor.tokenizer.decode(answer, skip_special_tokens=True)
+    _row("answer", f"{len(answer)} tokens in {seconds:.2f} s (random): {text!r:.60}")
