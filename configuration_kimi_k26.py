@@ -88,6 +88,7 @@ class _PublishedConfig(PretrainedConfig):
         super().__init__(**rest, tie_word_embeddings=False, **own_tokens)
         for key, value in own.items():
             self._set(key, value)
+        self._read(source)
         self.architectures = source.get("architectures", self.default_architectures)
         self.model_type = source.get("model_type", type(self).model_type)
         self._source = source
@@ -96,6 +97,9 @@ class _PublishedConfig(PretrainedConfig):
 
     def _set(self, key, value):
         setattr(self, key, value)
+
+    def _read(self, source: dict[str, Any]):
+        """Take from the file what is no attribute of its own name."""
 
     def _check(self, values: dict[str, Any]):
         """Raise `ValueError` for the first value that the model cannot be built from."""
@@ -171,7 +175,8 @@ class KimiK26TextConfig(_PublishedConfig):
     """The text decoder (`text_config` of the published file).
 
     Every key of the published file is an attribute of the same name; the defaults are the published values. The
-    quantization block, when there is one, is `quantization_config` (a dict); see `int4_group_size`.
+    quantization block, when there is one, is `expert_quantization` (a dict): under the name it has in the file the
+    library would start a quantizer of its own and unpack every word.
 
     Raises:
         ValueError: naming the key, what is allowed, and what was given.
@@ -181,6 +186,7 @@ class KimiK26TextConfig(_PublishedConfig):
     model_types = ("kimi_k2", "deepseek_v3")
     base_config_key = "text_config"
     default_architectures = ["DeepseekV3ForCausalLM"]
+    not_attributes = (*_PublishedConfig.not_attributes, "quantization_config", "expert_quantization")
     keys_to_ignore_at_inference = ["past_key_values"]
     where = "text_config."
     fields = {
@@ -304,13 +310,21 @@ class KimiK26TextConfig(_PublishedConfig):
             key = "rope_parameters"
         setattr(self, key, value)
 
+    def _read(self, source):
+        self._block_read = self.expert_quantization = copy.deepcopy(source.get("quantization_config"))
+
+    def to_dict(self) -> dict[str, Any]:
+        written = super().to_dict()
+        if self.expert_quantization != self._block_read:
+            written["quantization_config"] = copy.deepcopy(self.expert_quantization)
+        return written
+
     @property
     def int4_group_size(self) -> Optional[int]:
         """Inputs per scale in the routed experts, or `None` when they are not quantized."""
-        block = getattr(self, "quantization_config", None)
-        if block is None:
+        if self.expert_quantization is None:
             return None
-        return next(iter(block["config_groups"].values()))["weights"]["group_size"]
+        return next(iter(self.expert_quantization["config_groups"].values()))["weights"]["group_size"]
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether decoder layer `layer_idx` has routed experts (else a dense feed-forward network)."""
@@ -414,10 +428,9 @@ class KimiK26Config(_PublishedConfig):
         text = self._part("text_config", values.get("text_config") or {})
         vision = self._part("vision_config", values.get("vision_config"))
         block = values.get("quantization_config")
-        if block is not None and getattr(text, "quantization_config", None) is None:
+        if block is not None and text.expert_quantization is None:
             text._check_quantization(block, text.to_dict())
-            text.quantization_config = copy.deepcopy(block)
-            text._baseline["quantization_config"] = copy.deepcopy(block)
+            text._block_read = text.expert_quantization = copy.deepcopy(block)
         need = self._require
         size, pad = text.vocab_size, values["media_placeholder_token_id"]
         need(pad < size, "media_placeholder_token_id", f"below text_config.vocab_size ({size})", pad)

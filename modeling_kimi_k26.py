@@ -1,0 +1,323 @@
+"""`KimiK26ForConditionalGeneration`: where text model, vision tower and projector meet; the face for the Auto classes."""
+
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .configuration_kimi_k26 import KimiK26Config
+from .experts_kimi_k26 import KimiK26Router
+from .quantization_kimi_k26 import KimiK26Int4Linear
+from .text_kimi_k26 import KimiK26LanguageModel, KimiK26RMSNorm
+from .vision_kimi_k26 import KimiK26PositionTable, KimiK26Projector, KimiK26VisionTower
+
+
+try:  # transformers 5: the same functions, which leave alone what a checkpoint has filled
+    from transformers import initialization as init
+except ImportError:
+    from torch.nn import init
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class KimiK26CausalLMOutputWithPast(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*): next-token cross entropy, when labels are given.
+        logits (`torch.FloatTensor` of shape `(batch, kept length, vocab_size)`).
+        past_key_values ([`~transformers.Cache`], *optional*): per layer the latents `(batch, 1, length, kv_lora_rank)`
+            as keys and the rotary keys `(batch, 1, length, qk_rope_head_dim)` as values.
+        hidden_states (`tuple`, *optional*): embeddings, then each layer's output, the last one after the final norm.
+        attentions (`tuple`, *optional*): per layer `(batch, heads, length, keys)`.
+        router_logits (`tuple`, *optional*): per layer with experts `(batch * length, experts)`, float32.
+        image_hidden_states (`torch.FloatTensor` of shape `(media tokens, hidden_size)`, *optional*): the features
+            that were put in the place of the media tokens.
+    """
+
+    loss: Optional[torch.FloatTensor] = None
+    logits: Optional[torch.FloatTensor] = None
+    past_key_values: Optional[Cache] = None
+    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
+    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    router_logits: Optional[tuple[torch.FloatTensor, ...]] = None
+    image_hidden_states: Optional[torch.FloatTensor] = None
+
+
+class KimiK26PreTrainedModel(PreTrainedModel):
+    config_class = KimiK26Config
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KimiK26DecoderLayer", "KimiK26VisionBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+    # Each expert is asked for how many tokens it got, which a graph cannot hold.
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        std = self.config.text_config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, (KimiK26RMSNorm, nn.LayerNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, KimiK26Router):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, KimiK26PositionTable):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, KimiK26Int4Linear):
+            if not getattr(module.weight_packed, "_is_hf_initialized", False) and not module.weight_packed.is_meta:
+                device = module.weight_packed.device
+                module.set_weight(torch.randn(module.out_features, module.in_features, device=device) * std)
+
+
+class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
+    """Kimi-K2.6: text, pictures and video in, text out. Without `vision_config` the same class is text only."""
+
+    def __init__(self, config: KimiK26Config):
+        super().__init__(config)
+        self.vision_tower = self.mm_projector = None
+        if config.vision_config is not None:
+            self.vision_tower = KimiK26VisionTower(config.vision_config)
+            self.mm_projector = KimiK26Projector(config.vision_config)
+        self.language_model = KimiK26LanguageModel(config.text_config)
+        self.vocab_size = config.text_config.vocab_size
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.language_model.lm_head = value
+
+    def get_decoder(self, *args, **kwargs) -> nn.Module:
+        return self.language_model.model
+
+    def get_image_features(self, pixel_values: torch.Tensor, grid_thws: torch.Tensor) -> torch.Tensor:
+        """Features of pictures and video clips.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(patches, 3, patch_size, patch_size)`, floating point).
+            grid_thws (`torch.Tensor` of shape `(clips, 3)`, int64): frames, patch rows, patch columns.
+
+        Returns:
+            `torch.Tensor` of shape `(media tokens, hidden_size)`, the clips one after the other.
+
+        Raises:
+            ValueError: for sizes that do not fit, or when the model has no vision part.
+        """
+        if self.vision_tower is None:
+            raise ValueError("pixel_values were given, but this model has no vision part (config.vision_config is null)")
+        if grid_thws is None:
+            raise ValueError("pixel_values were given without grid_thws")
+        return self.mm_projector(self.vision_tower(pixel_values, grid_thws))
+
+    def media_positions(self, input_ids: Optional[torch.Tensor], inputs_embeds: Optional[torch.Tensor]) -> torch.Tensor:
+        """Where the media tokens stand, `(batch, length)` boolean; from the ids, else from their embedding."""
+        token = self.config.media_placeholder_token_id
+        if input_ids is not None:
+            return input_ids == token
+        embedding = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+        return (inputs_embeds == embedding).all(-1)
+
+    def put_media(self, inputs_embeds: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """`inputs_embeds` with `features`, `(media tokens, hidden_size)`, in the places of `where`, in order."""
+        tokens = int(where.sum())
+        if tokens != features.shape[0]:
+            raise ValueError(
+                f"the input has {tokens} media tokens (id {self.config.media_placeholder_token_id}), but the pictures "
+                f"and clips give {features.shape[0]} features"
+            )
+        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(where.unsqueeze(-1), features)
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        pixel_values: Optional[torch.FloatTensor] = None,
+        grid_thws: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        past_key_values: Optional[Cache] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        media_features: Optional[torch.FloatTensor] = None,
+        labels: Optional[torch.LongTensor] = None,
+        use_cache: Optional[bool] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        output_router_logits: Optional[bool] = None,
+        return_dict: Optional[bool] = None,
+        logits_to_keep: Union[int, torch.Tensor] = 0,
+        **kwargs,
+    ) -> Union[tuple, KimiK26CausalLMOutputWithPast]:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): either these or `inputs_embeds`.
+            pixel_values (`torch.FloatTensor` of shape `(patches, 3, patch_size, patch_size)`), grid_thws
+                (`torch.LongTensor` of shape `(clips, 3)`): pictures and clips, in the order of their tokens in the
+                flattened batch.
+            attention_mask (`torch.Tensor` of shape `(batch, past + length)`): 0 for padding; or `(batch, 1, length,
+                keys)`, boolean (true = visible) or added to the scores.
+            position_ids (`torch.LongTensor` of shape `(batch or 1, length)`): counted from the padding where absent.
+            past_key_values ([`~transformers.Cache`]): any cache class of the library.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`).
+            media_features (`torch.FloatTensor` of shape `(media tokens, hidden_size)`): what `get_image_features`
+                gives, instead of `pixel_values`.
+            labels (`torch.LongTensor` of shape `(batch, length)`): shifted inside; `config.ignore_index` is skipped.
+            logits_to_keep (`int` or `torch.Tensor`): logits of the last so many positions (0: all), or of these.
+
+        Raises:
+            ValueError: when media tokens and features differ in number (with both), or inputs contradict.
+        """
+        config = self.config
+        use_cache = config.text_config.use_cache if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_router_logits is None:
+            output_router_logits = getattr(config.text_config, "output_router_logits", False)
+        return_dict = config.return_dict if return_dict is None else return_dict
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if pixel_values is not None and media_features is not None:
+            raise ValueError("give pixel_values or media_features, not both")
+        if self.training and self.is_gradient_checkpointing:
+            use_cache = False
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            media_features = self.get_image_features(pixel_values, grid_thws)
+        if media_features is not None:
+            where = self.media_positions(input_ids, inputs_embeds)
+            inputs_embeds = self.put_media(inputs_embeds, where, media_features)
+        self._warn_past_the_end(inputs_embeds.shape[1], position_ids, past_key_values)
+
+        outputs = self.language_model.model(
+            inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            cache_position=kwargs.pop("cache_position", None),
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept
+        logits = self.language_model.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            kwargs.setdefault("ignore_index", config.ignore_index)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        result = KimiK26CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=media_features,
+        )
+        return result if return_dict else result.to_tuple()
+
+    def _warn_past_the_end(self, length, position_ids, past_key_values):
+        limit = self.config.max_position_embeddings
+        if torch.compiler.is_compiling():
+            return
+        if position_ids is not None and position_ids.device.type == "cpu":
+            last = int(position_ids.max()) + 1
+        else:  # counting tokens asks no device
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            last = past + length if isinstance(past, int) else length
+        if last > limit:
+            logger.warning_once(
+                f"The input reaches position {last}, but the model knows {limit} (max_position_embeddings). Past "
+                "that the answers are not to be relied upon."
+            )
+
+    # Generation. Pictures are encoded once, before the first token; `media_index` says which feature stands where, so
+    # that a cache, a chunk of the prompt or a beam takes just the features of its own tokens.
+
+    @torch.no_grad()
+    def generate(self, inputs=None, *args, **kwargs):
+        """The library's `generate`, with `pixel_values` and `grid_thws` of the prompt's pictures and clips."""
+        pixel_values, grid_thws = kwargs.get("pixel_values"), kwargs.get("grid_thws")
+        if pixel_values is not None and kwargs.get("assistant_model") is None:
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("pixel_values", "grid_thws")}
+            features = self.get_image_features(pixel_values, grid_thws)
+            ids = inputs if inputs is not None else kwargs.get("input_ids")
+            embeds = kwargs.get("inputs_embeds")
+            where = self.media_positions(ids if embeds is None else None, embeds)
+            if embeds is not None:
+                kwargs["inputs_embeds"] = self.put_media(embeds, where, features)
+            else:
+                kwargs["media_features"] = features
+                kwargs["media_index"] = self._media_index(where, features, kwargs)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _media_index(self, where, features, kwargs) -> torch.Tensor:
+        """`(batch, tokens)` int64: the row of `features` that belongs to each token of the whole dialogue, else -1.
+
+        With a cache, `where` may cover the dialogue or only its new tokens, and features all pictures or new ones.
+        """
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if mask is not None and mask.dim() == 2 and mask.shape[1] > where.shape[1]:
+            where = nn.functional.pad(where, (mask.shape[1] - where.shape[1], 0))
+        total, new = int(where.sum()), where.clone()
+        if cache is not None and total != features.shape[0]:
+            new[:, : int(cache.get_seq_length())] = False
+        if int(new.sum()) != features.shape[0]:
+            raise ValueError(
+                f"the prompt has {total} media tokens (id {self.config.media_placeholder_token_id}), but the pictures "
+                f"and clips give {features.shape[0]} features"
+            )
+        index = new.flatten().long().cumsum(0).view_as(new) - 1
+        return index.masked_fill(~new, -1)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, media_features=None, media_index=None, **kwargs
+    ):
+        model_inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if past > 0:
+            model_inputs.pop("pixel_values", None)
+            model_inputs.pop("grid_thws", None)
+        if media_features is not None and past < media_index.shape[1]:
+            length = model_inputs["input_ids"].shape[1]
+            index = media_index[:, past : past + length]
+            if bool((index >= 0).any()):
+                model_inputs["media_features"] = media_features[index[index >= 0]]
+        return model_inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, **model_kwargs):
+        # One row of features is not one row of the batch: the repeated `media_index` points into the same rows.
+        features = model_kwargs.pop("media_features", None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **model_kwargs)
+        if features is not None:
+            model_kwargs["media_features"] = features
+        return input_ids, model_kwargs

@@ -1,0 +1,485 @@
+"""Latent attention, decoder layers and the text model.
+
+Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): each token leaves one latent and one rotary
+key in the cache, shared by all heads. Few queries are answered on the latents themselves (the expansion moves into
+the query and the output); many queries expand the latents to keys and values of each head, a few heads at a time.
+"""
+
+from types import SimpleNamespace
+from typing import Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_kimi_k26 import KimiK26TextConfig
+from .experts_kimi_k26 import KimiK26MLP, KimiK26MoE
+
+
+LATENT_NORM_EPS = 1e-6  # of the two norms inside attention; the config has only the layers' own
+# Elements held at once by one block of scores, and by the expanded keys and values of one block of heads.
+SCORE_BLOCK = 2**25
+EXPANSION_BLOCK = 2**26
+
+
+class KimiK26RMSNorm(nn.Module):
+    """`x / rms(x) * weight`, computed in float32 and returned in the dtype of `x`."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the interleaved pairs (0,1), (2,3), … of the last axis; computed in float32, returned in `x.dtype`.
+
+    Args:
+        x (`torch.Tensor` of shape `(..., dim)`), cos and sin (broadcastable to `(..., dim / 2)`, float32).
+    """
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+class KimiK26RotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary angles; the frequencies come from the library's own initialisers."""
+
+    def __init__(self, config: KimiK26TextConfig):
+        super().__init__()
+        rope = dict(config.rope_scaling or {})
+        rope["rope_theta"] = config.rope_theta
+        rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        # Both major versions of the library find here what they read: 4 the attributes, 5 `rope_parameters`.
+        reads = SimpleNamespace(
+            rope_theta=config.rope_theta,
+            rope_scaling=rope,
+            rope_parameters=rope,
+            standardize_rope_params=lambda: None,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.qk_rope_head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+        )
+        with torch.device("cpu"):  # the model may be being built on `meta`
+            if rope["rope_type"] == "default":
+                dim = config.qk_rope_head_dim
+                frequencies = config.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+                self.attention_scaling = 1.0
+            else:
+                frequencies, self.attention_scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](reads, "cpu")
+        # Not a buffer: it is no part of the checkpoint, and must stay float32 under any cast of the model.
+        self._frequencies = {torch.device("cpu"): frequencies.float()}
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(batch, length)` positions → cos and sin, each `(batch, length, qk_rope_head_dim / 2)` float32."""
+        device = position_ids.device
+        if device not in self._frequencies:
+            self._frequencies[device] = self._frequencies[torch.device("cpu")].to(device)
+        angles = position_ids.unsqueeze(-1).float() * self._frequencies[device]
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+class AttentionSpan:
+    """Which keys each query of one forward pass may see, without holding the square of it.
+
+    Args:
+        query_index (`torch.Tensor` of shape `(queries,)`, int64): place of each query in the cache.
+        first (`int`, *optional*): `query_index[0]`, where it is known without asking the device.
+        attention_mask (`torch.Tensor`, *optional*): `(batch, keys)`, 0 for padding; or `(batch, 1, queries, keys)`,
+            boolean (true = visible) or added to the scores, which then decides alone.
+        documents (`torch.Tensor` of shape `(batch, queries)`, *optional*): number of the packed sequence of a token.
+    """
+
+    def __init__(self, query_index, first=None, attention_mask=None, documents=None):
+        self.query_index, self.first, self.documents = query_index, first, documents
+        self.padding = self.given = None
+        if attention_mask is not None and attention_mask.dim() == 4:
+            self.given = attention_mask
+        elif attention_mask is not None:
+            self.padding = attention_mask.to(torch.bool)
+        self._whole = {}
+
+    def is_causal(self, keys: int) -> bool:
+        """Whether the whole pattern is: the last queries of `keys` tokens, each seeing all up to itself."""
+        constrained = self.padding is not None or self.given is not None or self.documents is not None
+        return not constrained and self.first is not None and self.first + len(self.query_index) == keys
+
+    def rows(self, start: int, stop: int, keys: int) -> Optional[torch.Tensor]:
+        """What queries `start … stop` see of the first `keys` keys.
+
+        Returns:
+            `None` where they see all; else `(batch or 1, 1, stop - start, keys)`, boolean (true = visible) or, if the
+            mask given was one to add, floating point.
+        """
+        if self.is_causal(keys) and stop - start == 1 and self.first + start == keys - 1:
+            return None
+        whole = (start, stop) == (0, len(self.query_index))
+        if whole and keys in self._whole:
+            return self._whole[keys]
+        rows = self._rows(start, stop, keys)
+        if whole:  # every layer asks for the same
+            self._whole[keys] = rows
+        return rows
+
+    def _rows(self, start, stop, keys):
+        if self.given is not None:
+            return self.given[:, :, start:stop, :keys]
+        query = self.query_index[start:stop].unsqueeze(-1)
+        key = torch.arange(keys, device=query.device)
+        visible = (key <= query)[None, None]
+        if self.documents is not None:
+            same = self.documents[:, start:stop, None] == self.documents[:, None, :]
+            visible = visible & same.unsqueeze(1)
+        if self.padding is not None:
+            known = F.pad(self.padding, (0, max(0, keys - self.padding.shape[1])), value=True)[:, :keys]
+            # Padding sees itself, so that no row of the softmax is empty and no NaN is made.
+            visible = visible & known[:, None, None, :] | (key == query)[None, None]
+        return visible
+
+
+def add_mask(scores: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
+    """`scores` with what must not be seen at the lowest value of their dtype."""
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask.to(scores.dtype)
+
+
+def current_weight(linear: nn.Module) -> torch.Tensor:
+    """The weight, `(outputs, inputs)`, by which a bias-free linear layer multiplies now.
+
+    A layer that is wrapped (adapters) or whose weight is elsewhere until it is called (offloading hooks) is asked for
+    it: its answer to the unit matrix is its weight, transposed.
+    """
+    if type(linear) is nn.Linear and not hasattr(linear, "_hf_hook"):
+        return linear.weight
+    reference = next(linear.parameters())
+    dtype = reference.dtype if reference.dtype.is_floating_point else torch.get_default_dtype()
+    device = getattr(getattr(linear, "_hf_hook", None), "execution_device", None)
+    device = reference.device if device is None else device
+    return linear(torch.eye(linear.in_features, dtype=dtype, device=device)).transpose(0, 1)
+
+
+def write_latents(cache: Cache, layer_idx: int, latent, rotary_key, query_index):
+    """Append to a cache of the library; give back what it holds now.
+
+    Args:
+        latent (`torch.Tensor` of shape `(batch, 1, queries, kv_lora_rank)`), rotary_key (`(…, qk_rope_head_dim)`).
+    """
+    layers = getattr(cache, "layers", ())
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    if isinstance(layer, StaticLayer) and not layer.is_initialized and not hasattr(layer, "cumulative_length"):
+        # transformers 4 allocates values as wide as keys; ours are not.
+        layer.lazy_initialization(latent)
+        layer.values = rotary_key.new_zeros(*layer.values.shape[:-1], rotary_key.shape[-1])
+        torch._dynamo.mark_static_address(layer.values)
+    return cache.update(latent, rotary_key, layer_idx, {"cache_position": query_index})
+
+
+class KimiK26Attention(nn.Module):
+    """Multi-head latent attention over an ordinary cache of the library that holds latents and rotary keys."""
+
+    def __init__(self, config: KimiK26TextConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.heads = config.num_attention_heads
+        self.nope, self.rope, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.rank, self.scaling = config.kv_lora_rank, config.softmax_scale
+        self.is_causal = True  # read by the library's attention functions
+        hidden, bias = config.hidden_size, config.attention_bias
+        query_size = self.heads * (self.nope + self.rope)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query_size, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = KimiK26RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=bias)
+        self.kv_a_layernorm = KimiK26RMSNorm(self.rank, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.v_dim), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=bias)
+        # A query costs 2·rank + rope per key on latents and nope + rope + v_dim on expanded keys and values, whose
+        # expansion costs rank · (nope + v_dim) per key, once: below this many queries the latents are cheaper.
+        saved = 2 * self.rank - self.nope - self.v_dim
+        self.few_queries = self.rank * (self.nope + self.v_dim) // saved if saved > 0 else torch.iinfo(torch.int64).max
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        span: AttentionSpan,
+        past_key_values: Optional[Cache] = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """
+        Args:
+            x (`torch.Tensor` of shape `(batch, queries, hidden_size)`).
+            rotary: cos and sin, each `(batch, queries, qk_rope_head_dim / 2)` float32.
+
+        Returns:
+            output, as `x`; and the attention weights `(batch, heads, queries, keys)`, if asked for.
+        """
+        cos, sin = (part.unsqueeze(2) for part in rotary)
+        if self.config.q_lora_rank is None:
+            query = self.q_proj(x)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        query = query.unflatten(-1, (self.heads, -1))  # (batch, queries, heads, nope + rope)
+        query, turning_query = query.split([self.nope, self.rope], dim=-1)
+        turning_query = rotate_pairs(turning_query, cos, sin)
+
+        latent, rotary_key = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
+        latent = self.kv_a_layernorm(latent).unsqueeze(1)  # (batch, 1, queries, rank)
+        rotary_key = rotate_pairs(rotary_key.unsqueeze(2), cos, sin).transpose(1, 2)
+        if past_key_values is not None:
+            latent, rotary_key = write_latents(past_key_values, self.layer_idx, latent, rotary_key, span.query_index)
+        latent, rotary_key = latent.squeeze(1), rotary_key.squeeze(1)  # (batch, keys, rank or rope)
+
+        # (heads, nope or v_dim, rank)
+        to_key, to_value = (
+            current_weight(self.kv_b_proj).unflatten(0, (self.heads, -1)).split([self.nope, self.v_dim], dim=1)
+        )
+        query, turning_query = query.transpose(1, 2), turning_query.transpose(1, 2)  # (batch, heads, queries, …)
+        attend = self.on_latents if query.shape[2] <= self.few_queries else self.on_expanded
+        out, weights = attend(query, turning_query, latent, rotary_key, to_key, to_value, span, output_attentions)
+        return self.o_proj(out.flatten(2)), weights
+
+    def on_latents(self, query, turning_query, latent, rotary_key, to_key, to_value, span, output_attentions):
+        """Attention with the expansion moved into the query and the output; latents are read as they are cached."""
+        batch, heads, queries, _ = query.shape
+        keys = latent.shape[1]
+        query = torch.cat((query @ to_key, turning_query), dim=-1)  # (batch, heads, queries, rank + rope)
+        key = torch.cat((latent, rotary_key), dim=-1).transpose(1, 2)  # (batch, rank + rope, keys)
+        step = queries if output_attentions else max(1, SCORE_BLOCK // (batch * heads * keys))
+        outs, all_weights = [], []
+        for start in range(0, queries, step):
+            stop = min(start + step, queries)
+            scores = query[:, :, start:stop].flatten(1, 2) @ key * self.scaling
+            scores = add_mask(scores.unflatten(1, (heads, -1)), span.rows(start, stop, keys))
+            weights = self.dropout(scores.softmax(-1, dtype=torch.float32).to(latent.dtype))
+            read = (weights.flatten(1, 2) @ latent).unflatten(1, (heads, -1))  # (batch, heads, step, rank)
+            outs.append(read @ to_value.transpose(1, 2))
+            all_weights.append(weights)
+        out = torch.cat(outs, dim=2).transpose(1, 2)
+        return out, all_weights[0] if output_attentions else None
+
+    def on_expanded(self, query, turning_query, latent, rotary_key, to_key, to_value, span, output_attentions):
+        """Attention over the keys and values of each head, expanded for as many heads at a time as fit the block."""
+        implementation = self.config._attn_implementation
+        query = torch.cat((query, turning_query), dim=-1)
+        per_head = latent.shape[0] * latent.shape[1] * 2 * (self.nope + self.rope)
+        step = self.heads if output_attentions else max(1, EXPANSION_BLOCK // per_head)
+        outs, all_weights = [], []
+        for start in range(0, self.heads, step):
+            some = slice(start, start + step)
+            key, value = self.expand(latent, rotary_key, to_key[some], to_value[some])
+            if implementation in (None, "eager") or output_attentions:
+                out, weights = self.eager(query[:, some], key, value, span, output_attentions)
+            elif implementation == "sdpa":
+                out, weights = self.sdpa(query[:, some], key, value, span), None
+            else:
+                out, weights = self.library_attention(implementation, query[:, some], key, value, span)
+            outs.append(out)
+            all_weights.append(weights)
+        return torch.cat(outs, dim=2), all_weights[0] if output_attentions else None
+
+    def expand(self, latent, rotary_key, to_key, to_value):
+        """Latents → keys `(batch, heads, keys, nope + rope)` and values `(batch, heads, keys, v_dim)`."""
+        heads = to_key.shape[0]
+        key = F.linear(latent, to_key.flatten(0, 1)).unflatten(-1, (heads, -1))  # (batch, keys, heads, nope)
+        key = torch.cat((key, rotary_key.unsqueeze(2).expand(-1, -1, heads, -1)), dim=-1)
+        value = F.linear(latent, to_value.flatten(0, 1)).unflatten(-1, (heads, -1))
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+    def eager(self, query, key, value, span, output_attentions):
+        batch, heads, queries, _ = query.shape
+        keys = key.shape[2]
+        step = queries if output_attentions else max(1, SCORE_BLOCK // (batch * heads * keys))
+        outs = []
+        for start in range(0, queries, step):
+            stop = min(start + step, queries)
+            scores = query[:, :, start:stop] @ key.transpose(-1, -2) * self.scaling
+            scores = add_mask(scores, span.rows(start, stop, keys))
+            weights = self.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype))
+            outs.append(weights @ value)
+        return torch.cat(outs, dim=2).transpose(1, 2), weights if output_attentions else None
+
+    def sdpa(self, query, key, value, span):
+        """PyTorch's fused attention; it wants values as wide as keys to be fused at all."""
+        batch, _, queries, _ = query.shape
+        keys = key.shape[2]
+        value = self.as_wide_as(key, value)
+        options = {"scale": self.scaling, "dropout_p": self.config.attention_dropout if self.training else 0.0}
+        if span.is_causal(keys) and queries == keys:
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+        else:
+            step = max(1, SCORE_BLOCK // (batch * keys))
+            outs = []
+            for start in range(0, queries, step):
+                stop = min(start + step, queries)
+                mask = span.rows(start, stop, keys)
+                if mask is not None and mask.dtype != torch.bool:
+                    mask = mask.to(query.dtype)
+                block = query[:, :, start:stop]
+                outs.append(F.scaled_dot_product_attention(block, key, value, attn_mask=mask, **options))
+            out = torch.cat(outs, dim=2)
+        return out[..., : self.v_dim].transpose(1, 2)
+
+    def library_attention(self, implementation, query, key, value, span):
+        """The library's flash attention functions, which take padding as `(batch, keys)` and know the rest."""
+        if span.given is not None:
+            raise ValueError(
+                f"attn_implementation={implementation!r} takes an attention_mask of (batch, keys), got "
+                f"{tuple(span.given.shape)}; use 'sdpa' or 'eager' for masks of four axes"
+            )
+        seen = int(span.query_index[-1]) + 1  # a static cache is longer than what it holds
+        key, value = key[:, :, :seen], value[:, :, :seen]
+        positions = None
+        if span.documents is not None:  # packed sequences: the functions find them by the restarting positions
+            starts = torch.searchsorted(span.documents, span.documents)
+            positions = span.query_index - starts
+        out, weights = ALL_ATTENTION_FUNCTIONS[implementation](
+            self,
+            query,
+            key,
+            self.as_wide_as(key, value),
+            span.padding,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            position_ids=positions,
+        )
+        return out[..., : self.v_dim], weights
+
+    @staticmethod
+    def as_wide_as(key, value):
+        return F.pad(value, (0, key.shape[-1] - value.shape[-1])) if key.shape[-1] > value.shape[-1] else value
+
+    def dropout(self, weights):
+        return F.dropout(weights, self.config.attention_dropout, self.training)
+
+
+class KimiK26DecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward network, each over a norm and beside a residual path."""
+
+    def __init__(self, config: KimiK26TextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = KimiK26Attention(config, layer_idx)
+        if config.is_moe_layer(layer_idx):
+            self.mlp = KimiK26MoE(config)
+        else:
+            self.mlp = KimiK26MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = KimiK26RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = KimiK26RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor, rotary, span: AttentionSpan, past_key_values=None, output_attentions=False):
+        """`(batch, length, hidden_size)` → the same, the attention weights or `None`, the router logits or `None`."""
+        out, weights = self.self_attn(self.input_layernorm(x), rotary, span, past_key_values, output_attentions)
+        x = x + out
+        out, router_logits = self.mlp(self.post_attention_layernorm(x)), None
+        if isinstance(out, tuple):
+            out, router_logits = out
+        return x + out, weights, router_logits
+
+
+class KimiK26TextModel(nn.Module):
+    """Embeddings, decoder layers and the final norm."""
+
+    def __init__(self, config: KimiK26TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(KimiK26DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = KimiK26RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = KimiK26RotaryEmbedding(config)
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.Tensor] = None,
+        past_key_values: Optional[Cache] = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        output_router_logits: bool = False,
+        cache_position: Optional[torch.Tensor] = None,
+    ) -> MoeModelOutputWithPast:
+        """
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`).
+            attention_mask: see [`AttentionSpan`].
+            position_ids (`torch.Tensor` of shape `(batch or 1, length)`, int64, *optional*): counted from the padding
+                where absent. Without a mask and a past, positions that restart begin a new packed sequence.
+            cache_position (`torch.Tensor` of shape `(length,)`, *optional*): place of the tokens in the cache.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        length, device = inputs_embeds.shape[1], inputs_embeds.device
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if cache_position is None:
+            cache_position = torch.arange(length, device=device) + past
+        padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        if padding is not None and isinstance(past, int) and padding.shape[1] < past + length:
+            raise ValueError(
+                f"attention_mask covers {padding.shape[1]} tokens, but there are {past + length}: "
+                f"{past} in the cache and {length} new ones"
+            )
+        documents = None
+        if position_ids is None and padding is not None:
+            # With a mask longer than what came so far (a static cache), the places say which columns are ours.
+            position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)
+            position_ids = position_ids[:, -length:] if isinstance(past, int) else position_ids[:, cache_position]
+        elif position_ids is None:
+            position_ids = cache_position.unsqueeze(0)
+        elif attention_mask is None and isinstance(past, int) and past == 0:
+            documents = packed_documents(position_ids)
+        if padding is not None and not torch.compiler.is_compiling() and bool(padding.all()):
+            attention_mask = None
+        span = AttentionSpan(cache_position, past if isinstance(past, int) else None, attention_mask, documents)
+
+        x, rotary = inputs_embeds, self.rotary_emb(position_ids)
+        hidden_states, attentions, router_logits = (x,), (), ()
+        for layer in self.layers:
+            x, weights, logits = layer(
+                x, rotary, span, past_key_values=past_key_values, output_attentions=output_attentions
+            )
+            hidden_states += (x,) if output_hidden_states else ()
+            attentions += (weights,) if output_attentions else ()
+            router_logits += (logits,) if output_router_logits and logits is not None else ()
+        x = self.norm(x)
+        return MoeModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+            router_logits=router_logits if output_router_logits else None,
+        )
+
+
+def packed_documents(position_ids: torch.Tensor) -> Optional[torch.Tensor]:
+    """Number of the packed sequence each token belongs to, `(batch, length)`; `None` where each row is one sequence."""
+    restarts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=False)
+    if not torch.compiler.is_compiling() and not bool(restarts.any()):
+        return None
+    return restarts.long().cumsum(-1)
+
+
+class KimiK26LanguageModel(nn.Module):
+    """The text model and its output layer, under the names of the checkpoint."""
+
+    def __init__(self, config: KimiK26TextConfig):
+        super().__init__()
+        self.model = KimiK26TextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
