@@ -1,12 +1,11 @@
 """`kimi-k26 demo`: a small random checkpoint, loaded as a user would load the big one, sees a picture and a video."""
 
 import re
-import textwrap
 import time
 from pathlib import Path
 
 NEW_TOKENS = 24
-WIDTH = 110
+WIDTH = 96
 
 
 def add_arguments(parser) -> None:
@@ -84,6 +83,16 @@ def _row(name: str, text: str) -> None:
     print(f"  {name:<13} {text}")
 
 
+def _lines(prompt: str) -> list[str]:
+    """A prompt in lines of at most `WIDTH` characters, none of which ends inside a word or a marker."""
+    lines = [""]
+    for piece in re.findall(r"<\|.*?\|>(?:×\d+)?|</?think>|[^<\s]+\s*|\s+|<", prompt):
+        if len(lines[-1]) + len(piece) > WIDTH:
+            lines.append("")
+        lines[-1] += piece
+    return lines
+
+
 def _show(number: int, title: str, processor, model, content, **flags) -> None:
     """One question: what the model is given, and what it gives back."""
     import torch
@@ -97,7 +106,7 @@ def _show(number: int, title: str, processor, model, content, **flags) -> None:
     prompt = processor.tokenizer.decode(ids[0])
     media = prompt.count("<|media_pad|>")
     prompt = re.sub(r"(?:<\|media_pad\|>)+", lambda run: f"<|media_pad|>×{len(run.group()) // 13}", prompt)
-    for index, line in enumerate(textwrap.wrap(prompt.replace("\n", "⏎"), WIDTH - 16, break_on_hyphens=False)):
+    for index, line in enumerate(_lines(prompt.replace("\n", "⏎"))):
         _row("" if index else "prompt", line)
     _row("input_ids", f"{tuple(ids.shape)}" + (f", of which {media} stand for what was seen" if media else ""))
     if media:

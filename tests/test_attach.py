@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -131,6 +132,16 @@ def test_code_comes_after_what_it_imports():
             assert f"{module}.py" in placed, f"{name} stands before {module}.py"
         placed.append(name)
     assert {f"{module}.py" for module in attach.ENTRY_MODULES} <= set(placed)
+
+
+@pytest.mark.parametrize("module", attach.ENTRY_MODULES)
+def test_an_entry_module_names_all_it_needs(module, monkeypatch):
+    # transformers 4.57 copies, from a local folder, only the modules that the entry module itself imports.
+    monkeypatch.setattr(attach, "ENTRY_MODULES", (module,))
+    needed = {name.removesuffix(".py") for name in attach.code_files()} - {module}
+    source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", source, flags=re.MULTILINE))
+    assert named == needed
 
 
 def test_twice_changes_nothing(tmp_path, capsys):
@@ -510,6 +521,34 @@ def test_a_signal_waits_for_the_change_to_end(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         switch.apply(folder, {"config.json": writer})
     assert done and (folder / "config.json").read_text() == "new" and not switch.unfinished(folder)
+
+
+def test_auto_classes_load_an_attached_folder(tmp_path, golden, tiny_checkpoint):
+    import transformers
+
+    for source in (tiny_checkpoint, golden / "tiny-int4"):
+        folder = tmp_path / source.name
+        folder.mkdir()
+        for path in source.glob("*.*"):
+            if path.is_file() and path.suffix != ".py":
+                shutil.copyfile(path, folder / path.name)
+        # What another program may have saved there, naming classes that transformers 5 has of its own.
+        other = {"processor_class": "Kimi_K25Processor", "image_processor": {"image_processor_type": "X"}}
+        if source is tiny_checkpoint:
+            (folder / "processor_config.json").write_text(json.dumps(other))
+        attach.attach(folder)
+        for auto, expected in {
+            "AutoConfig": "KimiK26Config",
+            "AutoTokenizer": "TikTokenTokenizer",
+            "AutoImageProcessor": "KimiK26ImageProcessor",
+            "AutoProcessor": "KimiK26Processor",
+            "AutoModel": "KimiK26ForConditionalGeneration",
+            "AutoModelForCausalLM": "KimiK26ForConditionalGeneration",
+            "AutoModelForImageTextToText": "KimiK26ForConditionalGeneration",
+        }.items():
+            loaded = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+            assert type(loaded).__name__ == expected
+            assert type(loaded).__module__.startswith("transformers_modules."), auto
 
 
 def test_python_m_runs_it(tmp_path):
