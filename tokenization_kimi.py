@@ -6,7 +6,6 @@ Text goes to tiktoken in one piece and comes back in one piece: nothing here wor
 asks for tokens as strings.
 """
 
-import base64
 import json
 import os
 import re
@@ -17,83 +16,18 @@ import numpy as np
 import tiktoken
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
-from transformers.utils import get_json_schema, logging
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .tool_declaration_kimi import encode_tools_to_typescript, sort_deeply
+from .tool_declaration_kimi import encode_tools_to_typescript, tool_schemas
+from .vocabulary_kimi import SPLIT_PATTERN, printable, read_ranks, spelled, split_long_text, write_ranks
 
 
 logger = logging.get_logger(__name__)
 
 VOCAB_FILES_NAMES = {"vocab_file": "tiktoken.model"}
 SPECIAL_ID_COUNT = 256
-
-# How text is cut before byte pairs are merged. `&&` is set intersection.
-SPLIT_PATTERN = "|".join(
-    [
-        r"[\p{Han}]+",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
-
-# tiktoken panics on longer input. The published tokenizer cuts at exactly these lengths, and where text is cut shows in
-# the ids, so they are part of the vocabulary.
-MAX_PIECE_CHARS = 400_000
-MAX_RUN_CHARS = 25_000
-
-# One printable character per byte, so that tokens which are not UTF-8 have a string form that leads back to the bytes.
-# The table is the one byte-level vocabularies have used since GPT-2: printable Latin-1 stands for itself, the other
-# bytes take the characters from U+0100 on.
-_PRINTABLE_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHER_BYTES = sorted(set(range(256)) - set(_PRINTABLE_BYTES))
-_CHAR_OF_BYTE = {byte: chr(byte) for byte in _PRINTABLE_BYTES} | {b: chr(256 + i) for i, b in enumerate(_OTHER_BYTES)}
-_BYTE_OF_CHAR = {char: byte for byte, char in _CHAR_OF_BYTE.items()}
-
-
-def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
-    """Read a `tiktoken.model` file: one `BASE64 RANK` per line → bytes to rank.
-
-    Raises:
-        ValueError: a line is not of that form, or the ranks are not 0, 1, 2, … each once; names file and line.
-    """
-    ranks: dict[bytes, int] = {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: expected 'BASE64 RANK', found {line[:80]!r}") from error
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{path}: the ranks of its {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once")
-    return ranks
-
-
-def split_long_text(text: str) -> Iterator[str]:
-    """Cut `text` into pieces tiktoken can take: at most 400,000 characters, no run of whitespace or of non-whitespace
-    longer than 25,000. Joined they are `text`; ordinary text is one piece."""
-    for start in range(0, len(text), MAX_PIECE_CHARS):
-        piece = text[start : start + MAX_PIECE_CHARS]
-        # A run longer than the limit fills one of these windows, so text without such a window needs no closer look.
-        half = MAX_RUN_CHARS // 2
-        windows = (piece[i : i + half] for i in range(0, len(piece) - half + 1, half))
-        if len(piece) <= MAX_RUN_CHARS or not any(w.isspace() or not re.search(r"\s", w) for w in windows):
-            yield piece
-            continue
-        cut = 0
-        for run in re.finditer(r"\s+|\S+", piece):
-            for end in range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS):
-                yield piece[cut:end]
-                cut = end
-        yield piece[cut:]
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all bytes of a character but its first
 
 
 class TikTokenTokenizer(PreTrainedTokenizer):
@@ -143,7 +77,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             "kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
         )
         by_rank = sorted(ranks, key=ranks.__getitem__)
-        self._tokens = [token.decode("latin-1").translate(_CHAR_OF_BYTE) for token in by_rank] + list(specials)
+        self._tokens = [printable(token) for token in by_rank] + list(specials)
         self._token_ids = {token: index for index, token in enumerate(self._tokens)}
 
         # The library lists the special tokens twice: here, and by flag in added_tokens_decoder. Version 5 renamed the
@@ -218,13 +152,9 @@ class TikTokenTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Tokens as strings → the text they spell; bytes that are not UTF-8 become U+FFFD."""
-        spelled = b""
-        for token in tokens:
-            if token not in self._added_tokens_encoder and all(char in _BYTE_OF_CHAR for char in token):
-                spelled += bytes(_BYTE_OF_CHAR[char] for char in token)
-            else:
-                spelled += token.encode("utf-8", errors="replace")
-        return spelled.decode("utf-8", errors="replace")
+        added = self._added_tokens_encoder
+        parts = [token.encode("utf-8", errors="replace") if token in added else spelled(token) for token in tokens]
+        return b"".join(parts).decode("utf-8", errors="replace")
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None) -> list[int]:
         return token_ids_0 if token_ids_1 is None else token_ids_0 + token_ids_1
@@ -276,40 +206,17 @@ class TikTokenTokenizer(PreTrainedTokenizer):
                 offsets.append((start, end))
                 continue
             for token in self._encoding.decode_tokens_bytes(ids):
-                begun = sum((byte & 0xC0) != 0x80 for byte in token)  # characters whose first byte is in this token
-                inside = (token[0] & 0xC0) == 0x80  # it continues a character begun before
-                offsets.append((start - inside, start + begun))
+                begun = len(token.translate(None, _CONTINUATION_BYTES))  # characters whose first byte is in this token
+                continues = token[0] in _CONTINUATION_BYTES  # a character begun before
+                offsets.append((start - continues, start + begun))
                 start += begun
         return all_ids, offsets
 
-    def encode(
-        self,
-        text,
-        text_pair=None,
-        add_special_tokens: bool = True,
-        padding=False,
-        truncation=None,
-        max_length: int | None = None,
-        stride: int = 0,
-        padding_side: str | None = None,
-        return_tensors=None,
-        **kwargs,
-    ):
+    def encode(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs):
         """Text (or tokens as strings, or ids) → list of ids, or a tensor `(1, n)` with `return_tensors`."""
         if isinstance(text, (list, tuple)) and text and isinstance(text[0], str) and not kwargs.get("is_split_into_words"):
             text = self.convert_tokens_to_ids(list(text))
-        return self(
-            text,
-            text_pair,
-            add_special_tokens=add_special_tokens,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            stride=stride,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
-            **kwargs,
-        )["input_ids"]
+        return self(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)["input_ids"]
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
         """Text → tokens as strings; see `convert_ids_to_tokens`."""
@@ -321,14 +228,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         text_pair=None,
         text_target=None,
         text_pair_target=None,
-        add_special_tokens: bool = True,
-        padding=False,
-        truncation=None,
-        max_length: int | None = None,
         *,
         max_target_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        verbose: bool = True,
         tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ) -> BatchEncoding:
@@ -340,28 +241,16 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         Raises:
             TypeError: an input is neither text nor ids; names its index in the batch.
         """
-        kwargs = {"add_special_tokens": add_special_tokens, **(tokenizer_kwargs or {}), **kwargs}
-        padding_strategy, truncation_strategy, max_length, kwargs = self._get_padding_truncation_strategies(
-            padding=kwargs.pop("padding", padding),
-            truncation=kwargs.pop("truncation", truncation),
-            max_length=kwargs.pop("max_length", max_length),
-            pad_to_multiple_of=pad_to_multiple_of,
-            verbose=verbose,
-            **kwargs,
-        )
-        kwargs.update(
-            padding_strategy=padding_strategy,
-            truncation_strategy=truncation_strategy,
-            pad_to_multiple_of=pad_to_multiple_of,
-            verbose=verbose,
-        )
-        if text is None and text_target is not None:
-            return self._encode_plus(text_target, text_pair_target, max_length=max_target_length or max_length, **kwargs)
-        encoded = self._encode_plus(text, text_pair, max_length=max_length, **kwargs)
+        kwargs = {**(tokenizer_kwargs or {}), **kwargs}
+        taken = {key: kwargs[key] for key in ("pad_to_multiple_of", "verbose") if key in kwargs}
+        padding, truncation, max_length, kwargs = self._get_padding_truncation_strategies(**kwargs)
+        kwargs.update(taken, padding_strategy=padding, truncation_strategy=truncation)
+        if text is not None or text_target is None:
+            encoded = self._encode_plus(text, text_pair, max_length=max_length, **kwargs)
         if text_target is not None:
-            target = self._encode_plus(
-                text_target, text_pair_target, max_length=max_target_length or max_length, **kwargs
-            )
+            target = self._encode_plus(text_target, text_pair_target, max_length=max_target_length or max_length, **kwargs)
+            if text is None:
+                return target
             encoded["labels"] = target["input_ids"]
         return encoded
 
@@ -455,7 +344,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             max_length=max_length,
             pad_to_multiple_of=pad_to_multiple_of,
             padding_side=padding_side,
-            return_attention_mask=return_attention_mask,
+            return_attention_mask=return_attention_mask is not False,
             verbose=verbose,
         )
         data = dict(padded)
@@ -466,11 +355,12 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         if return_length and not is_batch:
             data["length"] = [len(row) for row in data["input_ids"]]  # of one text, the library counts the padding too
         if return_tensors is not None:
-            # Rows of unequal length do not make a tensor.
-            for key in ("overflowing_tokens", "num_truncated_tokens") if return_overflowing_tokens else ():
-                data.pop(key)
-            if not any(data["input_ids"]):  # an empty list would become a tensor of floats
-                data = {key: np.zeros(np.shape(value), dtype=np.int64) for key, value in data.items()}
+            for key in ("overflowing_tokens", "num_truncated_tokens"):  # rows of unequal length make no tensor
+                data.pop(key, None)
+            # Through NumPy the way to a tensor is shorter, and an empty row stays one of integers. Rows of unequal
+            # length are left to the library, whose error says what to do.
+            if len({len(row) for row in data["input_ids"]}) <= 1:
+                data = {key: np.asarray(value, dtype=np.int64) for key, value in data.items()}
         elif not is_batch:
             data = {key: value[0] for key, value in data.items()}
         return BatchEncoding(data, tensor_type=return_tensors)
@@ -506,9 +396,9 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             ids = [index for index in ids if index not in skipped]
         try:
             if self._late_tokens and any(index in self._late_tokens for index in ids):
-                spelled = self._bytes_with_late_tokens(ids)
+                data = self._bytes_with_late_tokens(ids)
             else:
-                spelled = self._encoding.decode_bytes(ids)
+                data = self._encoding.decode_bytes(ids)
         except (KeyError, OverflowError, TypeError) as error:
             for position, index in enumerate(ids):
                 if not isinstance(index, (int, np.integer)):
@@ -518,7 +408,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
                         f"token_ids[{position}] is {index}, outside the vocabulary, 0 to {len(self) - 1}"
                     ) from error
             raise
-        text = spelled.decode("utf-8", errors="replace")
+        text = data.decode("utf-8", errors="replace")
         clean = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean else text
 
@@ -536,10 +426,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         """Write `tiktoken.model`, the bytes it was read from, into an existing folder; return its path."""
         name = (f"{filename_prefix}-" if filename_prefix else "") + VOCAB_FILES_NAMES["vocab_file"]
         path = os.path.join(save_directory, name)
-        ranks = self._encoding._mergeable_ranks
-        with open(path, "wb") as file:
-            for token in sorted(ranks, key=ranks.__getitem__):
-                file.write(base64.b64encode(token) + b" %d\n" % ranks[token])
+        write_ranks(self._encoding._mergeable_ranks, path)
         return (path,)
 
     def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
@@ -600,12 +487,12 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         if add_generation_prompt is None:
             add_generation_prompt = not (continue_final_message or return_assistant_tokens_mask)
         if tools is not None:
-            tools = sort_deeply([_tool_schema(tool, index) for index, tool in enumerate(tools)])
+            tools = tool_schemas(tools)
         if tools and "tools_ts_str" not in kwargs:
             try:
                 kwargs["tools_ts_str"] = encode_tools_to_typescript(tools)
             except ValueError as error:
-                logger.warning(f"The tools are shown as JSON: {error}")
+                logger.warning_once(f"The tools are shown as JSON: {error}")
                 kwargs["tools_ts_str"] = ""
         arguments = {
             "tools": tools,
@@ -699,14 +586,6 @@ def _as_python(ids):
     if hasattr(ids, "tolist"):
         return ids.tolist()
     return list(ids) if isinstance(ids, tuple) else ids
-
-
-def _tool_schema(tool, index: int) -> dict:
-    if isinstance(tool, dict):
-        return tool
-    if callable(tool):
-        return get_json_schema(tool)
-    raise TypeError(f"tools[{index}] must be a dict or a function, not {_describe(tool)}")
 
 
 def _describe(value) -> str:

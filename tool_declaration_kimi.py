@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import get_json_schema
+
 
 _STEP = "  "
 _UNION_NAMES = {
@@ -48,6 +50,20 @@ def sort_deeply(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [sort_deeply(item) for item in value]
     return value
+
+
+def tool_schemas(tools: list[dict | Callable]) -> list[dict]:
+    """Tools as users hand them in → dicts with sorted keys; functions are read by the library's `get_json_schema`.
+
+    Raises:
+        TypeError: an item is neither a dict nor a function; names its index.
+    """
+    schemas = []
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, dict) and not callable(tool):
+            raise TypeError(f"tools[{index}] must be a dict or a function, not {tool!r} of type {type(tool).__name__}")
+        schemas.append(sort_deeply(tool if isinstance(tool, dict) else get_json_schema(tool)))
+    return schemas
 
 
 def encode_tools_to_typescript(tools: list[dict] | None) -> str:
