@@ -131,7 +131,8 @@ class MediaConfig:
                 kind = "a positive integer" + (" or null" if name in optional else "")
                 raise ValueError(f"media_proc_cfg: {name} must be {kind}, got {value!r}")
         merge = self.merge_kernel_size
-        if not (_is_count(merge) or (isinstance(merge, (list, tuple)) and len(merge) == 2 and all(map(_is_count, merge)))):
+        pair = isinstance(merge, (list, tuple)) and len(merge) == 2 and all(map(_is_count, merge))
+        if not (_is_count(merge) or pair):
             raise ValueError(f"media_proc_cfg: merge_kernel_size must be a positive integer or two, got {merge!r}")
         if any(self.patch_limit_on_one_side % side for side in self.merge):
             raise ValueError(
@@ -147,7 +148,8 @@ class MediaConfig:
         if not (_is_finite(self.sample_fps) and self.sample_fps > 0):
             raise ValueError(f"media_proc_cfg: sample_fps must be a positive number, got {self.sample_fps!r}")
         if self.timestamp_mode not in TIMESTAMP_MODES:
-            raise ValueError(f"media_proc_cfg: timestamp_mode must be one of {TIMESTAMP_MODES}, got {self.timestamp_mode!r}")
+            allowed = ", ".join(TIMESTAMP_MODES)
+            raise ValueError(f"media_proc_cfg: timestamp_mode must be one of {allowed}, got {self.timestamp_mode!r}")
 
     @property
     def merge(self) -> tuple[int, int]:

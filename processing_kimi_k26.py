@@ -1,8 +1,9 @@
 """Messages, pictures and videos to model inputs: `KimiK26Processor`.
 
-A prompt holds one `<|media_pad|>` per picture and one video placeholder per video, as the chat template writes them. Here
-each video placeholder becomes one run of text per clip, the text is turned into ids, and the id of each `<|media_pad|>` is
-repeated once per token of its picture or clip. `pixel_values` and `grid_thws` follow the order of the prompt.
+A prompt holds one `<|media_pad|>` per picture and one video placeholder per video, as the chat template writes them.
+Here each video placeholder becomes one run of text per clip, the text is turned into ids, and the id of each
+`<|media_pad|>` is repeated once per token of its picture or clip. `pixel_values` and `grid_thws` follow the order of
+the prompt.
 """
 
 import os
@@ -10,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
@@ -26,6 +28,12 @@ from .image_processing_kimi_k26 import (
 )
 from .tokenization_kimi import TikTokenTokenizer
 
+# Version 4 of the library copies from a local folder only those modules that the loaded one names itself, and not what
+# these import in turn; so all of them are named here.
+from .media_kimi_k26 import MediaError  # noqa: F401
+from .tool_declaration_kimi import tool_schemas  # noqa: F401
+from .vocabulary_kimi import SPLIT_PATTERN  # noqa: F401
+
 
 MEDIA_PAD = "<|media_pad|>"
 VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
@@ -40,8 +48,8 @@ TOKENIZER_KEYS = frozenset((
     "split_special_tokens", "allow_special_tokens",
 ))  # fmt: skip
 CALL_KEYS = frozenset((
-    *PADDING_KEYS, *CUTTING_KEYS, *TOKENIZER_KEYS, *MEDIA_KEYS, "media_limits", "fps", "video_metadata", "images", "videos",
-    "text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs",
+    *PADDING_KEYS, *CUTTING_KEYS, *TOKENIZER_KEYS, *MEDIA_KEYS, "media_limits", "fps", "video_metadata", "images",
+    "videos", "text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs",
 ))  # fmt: skip
 
 
@@ -105,8 +113,8 @@ class KimiK26Processor(ProcessorMixin):
         Returns `input_ids`, `attention_mask` int64 (texts, length) and, with media, `pixel_values` float32
         (patches, 3, patch, patch) and `grid_thws` int64 (clips, 3), in the order of the placeholders in the texts.
 
-        Raises `MediaError` for a picture or video that cannot be used, and `ValueError` where the numbers of placeholders
-        and media differ or truncation would cut media.
+        Raises `MediaError` for a picture or video that cannot be used, and `ValueError` where the numbers of
+        placeholders and media differ or truncation would cut media.
         """
         if audio is not None:
             raise ValueError("audio is not supported: Kimi-K2.6 takes text, pictures and videos")
@@ -149,7 +157,8 @@ class KimiK26Processor(ProcessorMixin):
             prompts.append("".join([*parts, text[done:]]))
             repeats.append(tokens)
             if spans is not None:
-                spans[at] = [tuple(edge + sum(by for start, by in moved if start < edge) for edge in s) for s in spans[at]]
+                shift = [[sum(by for at_char, by in moved if at_char < edge) for edge in span] for span in spans[at]]
+                spans[at] = [(a + da, b + db) for (a, b), (da, db) in zip(spans[at], shift)]
         data = self._tokenize(prompts, repeats if items else None, options, return_tensors, spans)
         if encoded:
             data.update(join(encoded))
@@ -189,8 +198,8 @@ class KimiK26Processor(ProcessorMixin):
             if repeats and repeats[at]:
                 if ids.count(pad) != len(repeats[at]):
                     raise ValueError(
-                        f"text[{at}] has {ids.count(pad)} ids of {MEDIA_PAD} for {len(repeats[at])} pictures and clips: the"
-                        " tokenizer must read it as one special token"
+                        f"text[{at}] has {ids.count(pad)} ids of {MEDIA_PAD} for {len(repeats[at])} pictures and clips:"
+                        " the tokenizer must read it as one special token"
                     )
                 widths = iter(repeats[at])
                 times = [next(widths) if index == pad else 1 for index in ids]
@@ -247,8 +256,8 @@ class KimiK26Processor(ProcessorMixin):
         processor_kwargs: Optional[dict] = None,
         **kwargs,
     ):
-        """Messages, with their pictures and videos, to a prompt (`tokenize=False`), its ids, or with `return_dict=True` to
-        the whole input of the model. The messages are left as they are.
+        """Messages, with their pictures and videos, to a prompt (`tokenize=False`), its ids, or with `return_dict=True`
+        to the whole input of the model. The messages are left as they are.
 
         Args:
             conversation: messages in OpenAI's form (`image_url`, `video_url`) or the library's (`image`, `video` with
@@ -357,7 +366,8 @@ class KimiK26Processor(ProcessorMixin):
             if len(empty) != len(given):
                 places = ", ".join(item.place for item in empty[:3]) or "none"
                 raise ValueError(
-                    f"{len(empty)} {kind} parts of the messages hold no data ({places}) and {len(given)} {kind}s were given"
+                    f"{len(empty)} {kind} parts of the messages hold no data ({places}) and {len(given)} {kind}s were"
+                    " given beside them"
                 )
             for item, (source, fps) in zip(empty, given):
                 item.source, item.fps = source, fps if item.fps is None else item.fps
@@ -415,14 +425,14 @@ class KimiK26Processor(ProcessorMixin):
             ]
         return MultiModalData(**data)
 
-    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs) -> list[str]:
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
         """Ids that `generate` gave, (batch, length) or (length,), to texts."""
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
-        # The library would go through its Auto classes, which need remote code to be trusted even when this very file is
-        # an installed package. The two classes are known, so they load themselves.
+        # The library would go through its Auto classes, which need remote code to be trusted even when this very file
+        # is an installed package. The two classes are known, so they load themselves.
         for part, auto_class in ((KimiK26ImageProcessor, "AutoImageProcessor"), (TikTokenTokenizer, "AutoTokenizer")):
             if cls._auto_class is not None and part._auto_class is None:
                 part.register_for_auto_class(auto_class)  # so that saving copies the code of all three
@@ -431,20 +441,16 @@ class KimiK26Processor(ProcessorMixin):
         tokenizer = TikTokenTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return [image_processor, tokenizer]
 
-    def save_pretrained(self, save_directory: Union[str, os.PathLike], push_to_hub: bool = False, **kwargs) -> list[str]:
+    def save_pretrained(self, save_directory: Union[str, os.PathLike], push_to_hub=False, **kwargs) -> list[str]:
         """Writes the tokenizer's files, `preprocessor_config.json` in the published form and `chat_template.jinja`.
 
         No `processor_config.json` is written: version 5 of the library would hold the values there and not where other
         engines, and version 4, read them.
         """
         os.makedirs(save_directory, exist_ok=True)
-        if push_to_hub:
-            message, repo = kwargs.pop("commit_message", None), kwargs.pop("repo_id", None)
-            repo = self._create_repo(repo or os.path.basename(os.path.normpath(save_directory)), **kwargs)
-            times = self._get_files_timestamps(save_directory)
         saved = list(self.tokenizer.save_pretrained(save_directory))
         if self._auto_class is not None:
-            self.image_processor.auto_map["AutoProcessor"] = f"{__name__.rpartition('.')[2]}.{type(self).__name__}"
+            custom_object_save(self, save_directory, config=self.image_processor)
         saved += self.image_processor.save_pretrained(save_directory)
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         for name, template in templates.items():
@@ -459,7 +465,8 @@ class KimiK26Processor(ProcessorMixin):
                 file.write(template)
             saved.append(path)
         if push_to_hub:
-            self._upload_modified_files(save_directory, repo, times, commit_message=message, token=kwargs.get("token"))
+            repo = kwargs.pop("repo_id", None) or os.path.basename(os.path.normpath(save_directory))
+            self.push_to_hub(repo, **kwargs)
         return saved
 
 
