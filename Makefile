@@ -1,5 +1,6 @@
 # `make test`  sets up one environment per supported transformers version and runs all tests in each.
 # `make demo`  sets up one environment and shows the model at work.
+# The tests' tensors are small: one thread each is fastest, and sparing on a busy machine.
 # Environments stand under .venv/ and are used again while the requirements stay the same.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ NEWEST := $(lastword $(VERSIONS))
 test: $(VERSIONS:%=.venv/%/complete)
 	@failed=; for version in $(VERSIONS); do \
 	    echo "== transformers $$version"; \
-	    .venv/$$version/bin/python -m pytest -q || failed="$$failed $$version"; \
+	    OMP_NUM_THREADS=1 .venv/$$version/bin/python -m pytest -q || failed="$$failed $$version"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "tests failed with transformers$$failed"; exit 1; fi
 

@@ -45,20 +45,38 @@ def record_video(path: Path, seconds: int = 3, rate: int = 12) -> None:
 
 def run(args) -> int:
     import torch
+    from transformers import logging
+
+    # Tensors this small gain nothing from a second thread, and lose much on a busy machine.
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        show(args.out)
+    finally:
+        torch.set_num_threads(threads)
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+    return 0
+
+
+def show(out: Path) -> None:
+    """Makes the checkpoint, the picture and the video in the folder `out`, and prints what the model makes of them."""
+    import torch
     import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from .tiny import make_tiny_checkpoint
 
-    transformers.logging.set_verbosity_error()
-    folder = make_tiny_checkpoint(args.out / "checkpoint")
-    picture, video = args.out / "picture.png", args.out / "video.mp4"
+    folder = make_tiny_checkpoint(out / "checkpoint")
+    picture, video = out / "picture.png", out / "video.mp4"
     draw_picture(picture)
     record_video(video)
 
     start = time.perf_counter()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     tensors = sum(1 for _ in model.state_dict())
@@ -76,7 +94,6 @@ def run(args) -> int:
     _show(3, f"A video ({video})", processor, model, [video_part, question])
     _show(4, "Both, without thinking", processor, model, [image_part, video_part, question], thinking=False)
     print("\nThe real checkpoint takes the same calls: `kimi-k26 attach FOLDER`, then load FOLDER as above.")
-    return 0
 
 
 def _row(name: str, text: str) -> None:
