@@ -80,23 +80,22 @@ class _PublishedConfig(PretrainedConfig):
         for key, (default, _) in self.fields.items():
             kwargs.setdefault(key, copy.deepcopy(default))
         self._check(kwargs)
-        own = {k: kwargs.pop(k) for k in self.fields if k != "dtype"}
+        own = {k: copy.deepcopy(kwargs.pop(k)) for k in self.fields if k != "dtype"}
         own_tokens = {k: v for k, v in own.items() if k.endswith("_token_id")}
         generation = _generation_defaults()
         rest = {k: v for k, v in kwargs.items() if k not in self.not_attributes and k not in generation}
         rest.pop("tie_word_embeddings", None)
         super().__init__(**rest, tie_word_embeddings=False, **own_tokens)
         for key, value in own.items():
-            self._set(key, value)
+            setattr(self, key, value)
+        if kwargs.get("attn_implementation") is not None:  # the parts were not there when the library set it
+            self._attn_implementation = kwargs["attn_implementation"]
         self._read(source)
         self.architectures = source.get("architectures", self.default_architectures)
         self.model_type = source.get("model_type", type(self).model_type)
         self._source = source
         self._baseline = None
         self._baseline = self._library_dict()
-
-    def _set(self, key, value):
-        setattr(self, key, value)
 
     def _read(self, source: dict[str, Any]):
         """Take from the file what is no attribute of its own name."""
@@ -189,6 +188,7 @@ class KimiK26TextConfig(_PublishedConfig):
     not_attributes = (*_PublishedConfig.not_attributes, "quantization_config", "expert_quantization")
     keys_to_ignore_at_inference = ["past_key_values"]
     where = "text_config."
+    rope_scaling = None  # an attribute as any other: transformers 5 has a property over `rope_parameters` here
     fields = {
         "vocab_size": (163840, POSITIVE_INT),
         "hidden_size": (7168, POSITIVE_INT),
@@ -304,20 +304,23 @@ class KimiK26TextConfig(_PublishedConfig):
         for key in ("input_activations", "output_activations"):
             need(group.get(key) is None, f"{name}.config_groups.{group_name}.{key}", "null", group.get(key))
 
-    def _set(self, key, value):
-        # transformers 5 turns `rope_scaling` into a property over `rope_parameters`; one attribute serves both.
-        if key == "rope_scaling" and isinstance(getattr(type(self), key, None), property):
-            key = "rope_parameters"
-        setattr(self, key, value)
-
     def _read(self, source):
-        self._block_read = self.expert_quantization = copy.deepcopy(source.get("quantization_config"))
+        self._read_block(source.get("quantization_config"))
+
+    def _read_block(self, block):
+        self._block_read, self.expert_quantization = copy.deepcopy(block), copy.deepcopy(block)
 
     def to_dict(self) -> dict[str, Any]:
         written = super().to_dict()
-        if self.expert_quantization != self._block_read:
+        if self._block_changed:
             written["quantization_config"] = copy.deepcopy(self.expert_quantization)
+            if self.expert_quantization is None:
+                del written["quantization_config"]
         return written
+
+    @property
+    def _block_changed(self) -> bool:
+        return self.expert_quantization != self._block_read
 
     @property
     def int4_group_size(self) -> Optional[int]:
@@ -428,10 +431,14 @@ class KimiK26Config(_PublishedConfig):
         text = self._part("text_config", values.get("text_config") or {})
         vision = self._part("vision_config", values.get("vision_config"))
         block = values.get("quantization_config")
-        if block is not None and text.expert_quantization is None:
-            text._check_quantization(block, text.to_dict())
-            text._block_read = text.expert_quantization = copy.deepcopy(block)
         need = self._require
+        if block is not None:
+            text._check_quantization(block, text.to_dict())
+            inside = text.expert_quantization
+            if inside is None:
+                text._read_block(block)
+            same = inside is None or inside["config_groups"] == block["config_groups"]
+            need(same, "quantization_config.config_groups", "the same as in text_config", block["config_groups"])
         size, pad = text.vocab_size, values["media_placeholder_token_id"]
         need(pad < size, "media_placeholder_token_id", f"below text_config.vocab_size ({size})", pad)
         if vision is not None:
@@ -457,6 +464,8 @@ class KimiK26Config(_PublishedConfig):
         written = super().to_dict()
         if self._baseline is None:
             return written
+        if self.text_config._block_changed:  # it stands in text_config now, or nowhere
+            written.pop("quantization_config", None)
         for name in self.sub_configs:
             part = getattr(self, name)
             if part is not None:
