@@ -94,6 +94,9 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: KimiK26Config):
         super().__init__(config)
+        for part in (config.text_config, config.vision_config):
+            if part is not None and part._attn_implementation is None:  # the library settles it for the whole only
+                part._attn_implementation = config._attn_implementation
         self.vision_tower = self.mm_projector = None
         if config.vision_config is not None:
             self.vision_tower = KimiK26VisionTower(config.vision_config)
