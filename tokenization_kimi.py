@@ -60,6 +60,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         added_tokens_decoder: dict[int, AddedToken] | None = None,
         **kwargs,
     ):
+        if vocab_file is None:  # what the library hands in for a folder without the file
+            raise ValueError(f"there is no {VOCAB_FILES_NAMES['vocab_file']} in {kwargs.get('name_or_path', 'the folder')}")
         ranks = read_ranks(vocab_file)
         added = dict(added_tokens_decoder or {})
         special_ids = range(len(ranks), len(ranks) + SPECIAL_ID_COUNT)
@@ -73,9 +75,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         clash = [name for name in specials if name.encode() in ranks]
         if clash or len(specials) < SPECIAL_ID_COUNT:
             raise ValueError(f"special tokens must differ from each other and from the vocabulary; see {clash or added}")
-        self._encoding = tiktoken.Encoding(
-            "kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
-        )
+        self._encoding = tiktoken.Encoding("kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
         by_rank = sorted(ranks, key=ranks.__getitem__)
         self._tokens = [printable(token) for token in by_rank] + list(specials)
         self._token_ids = {token: index for index, token in enumerate(self._tokens)}
@@ -89,7 +89,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             kwargs["additional_special_tokens"] = list(listed)
         if not kwargs.get("additional_special_tokens"):
             named = {str(token) for token in (bos_token, eos_token, unk_token, pad_token)}
-            flagged = [str(token) for _, token in sorted(added.items()) if token.special]
+            flagged = [str(added[index]) for index in sorted(added) if added[index].special]
             kwargs["additional_special_tokens"] = [token for token in flagged if token not in named]
         if not kwargs.get("extra_special_tokens"):
             kwargs.pop("extra_special_tokens", None)
@@ -102,6 +102,16 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             added_tokens_decoder=added,
             **kwargs,
         )
+
+    @classmethod
+    def _from_pretrained(cls, *args, **kwargs):
+        try:
+            return super()._from_pretrained(*args, **kwargs)
+        except ImportError as error:
+            # Without protobuf, version 4 hides whatever __init__ raised behind its wish for protobuf.
+            if isinstance(error.__context__, (ValueError, TypeError)):
+                raise error.__context__ from None
+            raise
 
     # ---- Vocabulary ----
 
@@ -233,10 +243,9 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ) -> BatchEncoding:
-        """One text, or a list of texts or of pairs of texts → `input_ids` and `attention_mask`.
+        """One text, or a list of texts or of pairs of texts → `input_ids` and `attention_mask`; ids stand for themselves.
 
-        Arguments are the library's. Beyond what its Python tokenizers do, `return_offsets_mapping=True` gives the
-        character range of every token (not for pairs). A sequence of ids stands for itself.
+        Arguments are the library's, and `return_offsets_mapping=True` works here: the character range of every token.
 
         Raises:
             TypeError: an input is neither text nor ids; names its index in the batch.
@@ -245,13 +254,13 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         taken = {key: kwargs[key] for key in ("pad_to_multiple_of", "verbose") if key in kwargs}
         padding, truncation, max_length, kwargs = self._get_padding_truncation_strategies(**kwargs)
         kwargs.update(taken, padding_strategy=padding, truncation_strategy=truncation)
-        if text is not None or text_target is None:
-            encoded = self._encode_plus(text, text_pair, max_length=max_length, **kwargs)
-        if text_target is not None:
-            target = self._encode_plus(text_target, text_pair_target, max_length=max_target_length or max_length, **kwargs)
-            if text is None:
-                return target
-            encoded["labels"] = target["input_ids"]
+        if text_target is None:
+            return self._encode_plus(text, text_pair, max_length=max_length, **kwargs)
+        target = self._encode_plus(text_target, text_pair_target, max_length=max_target_length or max_length, **kwargs)
+        if text is None:
+            return target
+        encoded = self._encode_plus(text, text_pair, max_length=max_length, **kwargs)
+        encoded["labels"] = target["input_ids"]
         return encoded
 
     def _batch_encode_plus(self, batch_text_or_text_pairs, **kwargs) -> BatchEncoding:
@@ -285,9 +294,11 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     ) -> BatchEncoding:
         if kwargs:
             logger.warning(f"Keyword arguments {kwargs} not recognized.")
-        plain = (self.split_special_tokens if split_special_tokens is None else split_special_tokens) or not (
-            allow_special_tokens
-        )
+        if split_special_tokens is None:
+            split_special_tokens = self.split_special_tokens
+        plain = split_special_tokens or not allow_special_tokens
+        if return_attention_mask is None:
+            return_attention_mask = "attention_mask" in self.model_input_names
 
         def ids_of(given, name):
             """Ids of one sequence, and its offsets where asked for and known."""
@@ -344,7 +355,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             max_length=max_length,
             pad_to_multiple_of=pad_to_multiple_of,
             padding_side=padding_side,
-            return_attention_mask=return_attention_mask is not False,
+            return_attention_mask=return_attention_mask,
             verbose=verbose,
         )
         data = dict(padded)
@@ -382,8 +393,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return self._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces)
 
     def batch_decode(self, sequences, skip_special_tokens: bool = False, clean_up_tokenization_spaces=None, **kwargs):
-        """A sequence of sequences of ids → a list of texts. A flat sequence of ids counts as ids to decode one by one on
-        version 4 and as one text on version 5 of the library; here it is one text in a list."""
+        """A sequence of sequences of ids → a list of texts; a flat sequence is one text in a list."""
         text = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
         if isinstance(text, str):
             return [text] if len(sequences) else []
@@ -404,9 +414,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
                 if not isinstance(index, (int, np.integer)):
                     raise TypeError(f"token_ids[{position}] must be an integer, not {_describe(index)}") from error
                 if not 0 <= index < len(self._tokens) and index not in self._late_tokens:
-                    raise ValueError(
-                        f"token_ids[{position}] is {index}, outside the vocabulary, 0 to {len(self) - 1}"
-                    ) from error
+                    message = f"token_ids[{position}] is {index}, outside the vocabulary, 0 to {len(self) - 1}"
+                    raise ValueError(message) from error
             raise
         text = data.decode("utf-8", errors="replace")
         clean = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
@@ -582,10 +591,10 @@ def _as_batch(text, text_pair, is_split_into_words: bool) -> tuple[list[tuple], 
 
 
 def _as_python(ids):
-    """Arrays and tensors → lists and ints; tuples → lists."""
+    """Arrays and tensors → lists and ints; tuples and ranges → lists."""
     if hasattr(ids, "tolist"):
         return ids.tolist()
-    return list(ids) if isinstance(ids, tuple) else ids
+    return list(ids) if isinstance(ids, (tuple, range)) else ids
 
 
 def _describe(value) -> str:

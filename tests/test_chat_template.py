@@ -81,7 +81,11 @@ def expected_declaration(tools):
 
 
 NAMES = ["items", "keys", "get", "values", "a", "B", "名", "x y", "type", "enum", "self"]
-SCALARS = ["", "text", "it's\n\nmulti", 'q"uote', 0, 1, -3, 2.5, True, False, None, [], [1, {"b": 1, "a": "x'"}], {"z": 1, "y": [None]}]
+SCALARS = ["", "text", "it's\n\nmulti", 'q"uote', 0, 1, -3, 2.5, True, False, None, []]
+SCALARS += [[1, {"b": 1, "a": "x'"}], {"z": 1, "y": [None]}]
+REFERENCES = ["#", "#/$defs/Node", "#/$defs/Leaf", "#/$defs/items", "#/$defs/q/Leaf", "#/definitions/X", 4]
+PLAIN_TYPES = ["string", "number", "integer", "boolean", "null", "any", "file"]
+ODD_TYPES = [None, 5, {"b": 1, "a": 2}]
 
 
 def random_schema(rng, depth):
@@ -91,7 +95,7 @@ def random_schema(rng, depth):
     if roll < 0.06:
         return rng.choice([True, False, {}, None, "string", 3, []] if rng.random() < 0.3 else [True, False, {}])
     if roll < 0.16:
-        schema["$ref"] = rng.choice(["#", "#/$defs/Node", "#/$defs/Leaf", "#/$defs/items", "#/$defs/q/Leaf", "#/definitions/X", 4])
+        schema["$ref"] = rng.choice(REFERENCES)
     elif roll < 0.26:
         schema["anyOf"] = [random_schema(rng, depth - 1) for _ in range(rng.randrange(3))] if depth > 0 else []
         if rng.random() < 0.05:
@@ -118,7 +122,7 @@ def random_schema(rng, depth):
         schema["type"] = "object"
         schema |= random_object(rng, depth)
     elif roll < 0.97:
-        schema["type"] = rng.choice(["string", "number", "integer", "boolean", "null", "any", "file", None, 5, {"b": 1, "a": 2}][: 7 if rng.random() < 0.95 else 10])  # fmt: skip
+        schema["type"] = rng.choice(PLAIN_TYPES if rng.random() < 0.95 else ODD_TYPES)
         schema |= {
             key: rng.choice(SCALARS)
             for key in ("minLength", "maxLength", "pattern", "minimum", "maximum", "minItems")
