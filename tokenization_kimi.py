@@ -124,8 +124,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return {**self._token_ids, **self._added_tokens_encoder}
 
     def _update_total_vocab_size(self):
-        # The library calls this whenever the added tokens have changed.
-        super()._update_total_vocab_size()
+        super()._update_total_vocab_size()  # the library calls this whenever the added tokens have changed
         known = self._encoding._special_tokens
         self._late_tokens = {i: t for i, t in self._added_tokens_decoder.items() if i >= self.vocab_size}
         own = [
@@ -191,9 +190,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             index = self.convert_tokens_to_ids(match.group())
             token = self._added_tokens_decoder.get(index, AddedToken(match.group()))
             start, end = match.span()
-            if token.single_word and not (text[start - 1 : start] in ("", " ") and text[end : end + 1] in ("", " ")):
-                continue
-            if start < done:  # the token before has taken the spaces this one begins with
+            alone = text[start - 1 : start] in ("", " ") and text[end : end + 1] in ("", " ")
+            if start < done or (token.single_word and not alone):  # the token before may have taken leading spaces
                 continue
             left = len(text[done:start].rstrip()) + done if token.lstrip else start
             yield from between(done, left)
