@@ -237,7 +237,7 @@ def test_sources_of_a_video(form, tmp_path):
     assert numbers(source) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(25), Fraction(1, 2), Fraction(60)])
+@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(25), Fraction(1, 2), 60])
 @pytest.mark.parametrize("container", ["mp4", "matroska"])
 def test_constant_rates_are_exact(rate, container):
     assert read_video(make_video(container, frames=7, rate=rate), every).fps == float(rate)
@@ -342,7 +342,8 @@ def test_what_is_no_video(tmp_path):
 
 def test_video_limits():
     data = make_video(frames=30)
-    for name, value in [("max_video_frames", 29), ("max_video_seconds", 0.9), ("max_video_pixels", 3071), ("max_bytes", 99)]:
+    tight = {"max_video_frames": 29, "max_video_seconds": 0.9, "max_video_pixels": 3071, "max_bytes": 99}
+    for name, value in tight.items():
         with pytest.raises(MediaError, match=name):
             numbers(data, limits=MediaLimits(**{name: value}))
         if name != "max_bytes":
