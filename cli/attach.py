@@ -66,6 +66,8 @@ def run(args) -> int:
     folder = Path(os.path.realpath(args.folder))
     if not folder.is_dir():
         raise CommandError(f"{args.folder} is not a folder")
+    if args.force and not args.undo:
+        raise CommandError("--force goes with --undo: attaching loses no change, so it needs no force")
     with locked(folder):
         if unfinished(folder):
             if args.dry_run:

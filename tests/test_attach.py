@@ -280,6 +280,8 @@ def test_a_folder_it_cannot_use_is_left_alone(tmp_path, capsys, name, data, said
 def test_wrong_usage(tmp_path, capsys):
     assert main(["attach", str(tmp_path / "absent")]) == 1
     assert "is not a folder" in capsys.readouterr().err
+    assert main(["attach", str(tmp_path), "--force"]) == 1
+    assert "--force goes with --undo" in capsys.readouterr().err
     for words in ([], ["detach"], ["attach"], ["attach", str(tmp_path), "--what"]):
         with pytest.raises(SystemExit) as stop:
             main(words)
