@@ -8,6 +8,11 @@ from .configuration_kimi_k26 import KimiK26TextConfig
 from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32, in which norms, softmax, router and sums are computed; float64 where the model itself is in float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class KimiK26MLP(nn.Module):
     """`down(silu(gate(x)) * up(x))`: a dense layer's network, a shared expert, or one routed expert.
 
@@ -58,7 +63,8 @@ class KimiK26Router(KeepDtype):
         Returns:
             logits `(tokens, experts)` float32, weights `(tokens, top_k)` float32, chosen `(tokens, top_k)` int64.
         """
-        logits = F.linear(x.float(), self.weight.float())
+        dtype = at_least_float32(x.dtype)
+        logits = F.linear(x.to(dtype), self.weight.to(dtype))
         scores = logits.sigmoid()
         choice = scores.detach() + self.e_score_correction_bias
         if self.n_group > 1:
@@ -68,7 +74,7 @@ class KimiK26Router(KeepDtype):
             choice = grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
         chosen = choice.topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(1, chosen)
-        if self.normalize and self.top_k > 1:
+        if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return logits, weights * self.scaling, chosen
 
@@ -94,11 +100,12 @@ class KimiK26Experts(nn.ModuleList):
         by_expert = chosen.flatten().argsort(stable=True)
         tokens, factors = by_expert // chosen.shape[1], weights.flatten()[by_expert].unsqueeze(-1)
         counts = torch.bincount(chosen.flatten(), minlength=len(self)).tolist()
-        total, start = torch.zeros_like(x, dtype=torch.float32), 0
+        total, start = torch.zeros_like(x, dtype=at_least_float32(x.dtype)), 0
         for expert, count in zip(self, counts):
             if count:
                 rows = tokens[start : start + count]
-                total = total.index_add(0, rows, expert(x[rows]).float() * factors[start : start + count])
+                out = expert(x[rows]).to(total.dtype)
+                total = total.index_add(0, rows, out * factors[start : start + count])
                 start += count
         return total.to(x.dtype)
 

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .experts_kimi_k26 import KimiK26MLP, KimiK26MoE
+from .experts_kimi_k26 import KimiK26MLP, KimiK26MoE, at_least_float32
 
 
 LATENT_NORM_EPS = 1e-6  # of the two norms inside attention; the config has only the layers' own
@@ -36,7 +36,7 @@ class KimiK26RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        normed = F.rms_norm(x.to(at_least_float32(x.dtype)), self.weight.shape, eps=self.eps)
         return self.weight * normed.to(x.dtype)
 
 
@@ -46,7 +46,7 @@ def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Args:
         x (`torch.Tensor` of shape `(..., dim)`), cos and sin (broadcastable to `(..., dim / 2)`, float32).
     """
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = x.to(at_least_float32(x.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.flatten(-2).to(x.dtype)
 
@@ -268,7 +268,7 @@ class KimiK26Attention(nn.Module):
             stop = min(start + step, queries)
             scores = query[:, :, start:stop].flatten(1, 2) @ key * self.scaling
             scores = add_mask(scores.unflatten(1, (heads, -1)), span.rows(start, stop, keys))
-            weights = self.dropout(scores.softmax(-1, dtype=torch.float32).to(latent.dtype))
+            weights = self.dropout(scores.softmax(-1, dtype=at_least_float32(scores.dtype)).to(latent.dtype))
             read = (weights.flatten(1, 2) @ latent).unflatten(1, (heads, -1))  # (batch, heads, step, rank)
             outs.append(read @ to_value.transpose(1, 2))
             all_weights.append(weights)
@@ -312,7 +312,7 @@ class KimiK26Attention(nn.Module):
             stop = min(start + step, queries)
             scores = query[:, :, start:stop] @ key.transpose(-1, -2) * self.scaling
             scores = add_mask(scores, span.rows(start, stop, keys))
-            weights = self.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype))
+            weights = self.dropout(scores.softmax(-1, dtype=at_least_float32(scores.dtype)).to(value.dtype))
             outs.append(weights @ value)
         return torch.cat(outs, dim=2).transpose(1, 2), weights if output_attentions else None
 

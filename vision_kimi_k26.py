@@ -7,6 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_kimi_k26 import KimiK26VisionConfig
+from .experts_kimi_k26 import at_least_float32
 from .text_kimi_k26 import rotate_pairs
 
 
@@ -30,7 +31,7 @@ class KimiK26PositionTable(nn.Module):
         frames, rows, columns = grid
         table = self.weight
         if (rows, columns) != tuple(table.shape[:2]):
-            channels_first = table.float().permute(2, 0, 1).unsqueeze(0)
+            channels_first = table.to(at_least_float32(table.dtype)).permute(2, 0, 1).unsqueeze(0)
             table = F.interpolate(channels_first, size=(rows, columns), mode="bicubic").squeeze(0).permute(1, 2, 0)
         codes = table.flatten(0, 1)
         if frames > 1:
@@ -139,7 +140,7 @@ class KimiK26VisionBlock(GradientCheckpointingLayer):
 
 def eager_attention(query, key, value, scale):
     """Attention written out: `softmax(q k^T * scale) v`, the softmax in float32."""
-    weights = (query @ key.transpose(-1, -2) * scale).softmax(-1, dtype=torch.float32)
+    weights = (query @ key.transpose(-1, -2) * scale).softmax(-1, dtype=at_least_float32(query.dtype))
     return weights.to(value.dtype) @ value
 
 
