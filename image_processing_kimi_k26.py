@@ -72,23 +72,26 @@ def write_patches(
 ) -> None:
     """Scales, pads, normalises and cuts one RGB picture into `out`, float32 (rows x columns, 3, patch, patch).
 
-    Equal to `(x / 255 - mean) / std` in that order to 1e-6: zero pixels are padded before it. The bytes are put into
-    patch order first and turned into floats once, in order, since moving bytes costs a quarter of moving floats.
+    Equal to `(x / 255 - mean) / std` to 1e-6, with zero pixels padded before it. Works on one row of patches at a time,
+    which stays in the cache between its three steps, on one thread: threads cost more here than they gain.
     """
     if image.size != (target.width, target.height):
         image = image.resize((target.width, target.height), Image.Resampling.BICUBIC)
-    pixels = np.zeros((target.rows * patch, target.columns * patch, 3), np.uint8)
-    pixels[: target.height, : target.width] = np.asarray(image)
-    pixels = pixels.reshape(target.rows, patch, target.columns, patch, 3)
-    # (row, y, column, x, channel) -> (row, column, channel, y, x)
-    ordered = np.ascontiguousarray(pixels.transpose(0, 2, 4, 1, 3)).reshape(-1, 3, patch, patch)
-    out.copy_(torch.from_numpy(ordered))
-    scale = torch.tensor([1.0 / (255.0 * s) for s in std], dtype=torch.float64).float()
-    shift = torch.tensor([m / s for m, s in zip(mean, std)], dtype=torch.float64).float()
-    if len(set(mean)) == 1 and len(set(std)) == 1:
-        out.mul_(scale[0]).sub_(shift[0])
-    else:
-        out.mul_(scale.view(3, 1, 1)).sub_(shift.view(3, 1, 1))
+    pixels = np.asarray(image).reshape(target.height, target.width * 3)
+    scale = np.tile(np.array([1.0 / (255.0 * s) for s in std], np.float32), target.width)
+    shift = np.tile(np.array([m / s for m, s in zip(mean, std)], np.float32), target.columns * patch)
+    band = np.empty((patch, target.columns * patch * 3), np.float32)
+    band[:] = -shift  # padding
+    ordered = out.numpy().reshape(target.rows, target.columns, 3, patch, patch)
+    for row in range(target.rows):
+        part = pixels[row * patch : (row + 1) * patch]
+        filled = band[: len(part), : part.shape[1]]
+        np.multiply(part, scale, out=filled, dtype=np.float32)
+        filled -= shift[: part.shape[1]]
+        band[len(part) :] = -shift
+        # (y, column, x, channel) -> (column, channel, y, x)
+        ordered[row] = band.reshape(patch, target.columns, patch, 3).transpose(1, 3, 0, 2)
+
 
 # -- settings ----------------------------------------------------------------------------------------------------
 

@@ -60,7 +60,6 @@ class MediaLimits:
                 raise ValueError(f"MediaLimits.{name} must be a positive number or None, got {value!r}")
 
     def check(self, name: str, value: float, what: str) -> None:
-        """Raises `MediaError` when `value` is over the limit called `name`."""
         limit = getattr(self, name)
         if limit is not None and value > limit:
             raise MediaError(f"{what}: {value:g} is over the limit {name}={limit:g}")
@@ -299,8 +298,6 @@ def read_video(
 
 
 def _check_video(total: int, fps: float, width: int, height: int, limits: MediaLimits) -> None:
-    if total < 1:
-        raise MediaError("the video has no frames")
     limits.check("max_video_pixels", width * height, f"pixels of a {width}x{height} video frame")
     limits.check("max_video_frames", total, "frames of the video")
     limits.check("max_video_seconds", total / fps, "seconds of video")
@@ -544,7 +541,7 @@ def _decode(file: Any, owned: bool, timeline: _Timeline, indices: list[int]) -> 
     """The frames of `indices`, in order, as RGB images; repeated indices repeat the frame."""
     try:
         if timeline.shown is None:
-            found = ((k, frame) for k, frame in enumerate(_decode_all(file, timeline.name)))
+            found = enumerate(_decode_all(file, timeline.name))
         else:
             found = _decode_needed(file, timeline, indices)
         position, image = -1, None
