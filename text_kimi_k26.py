@@ -5,6 +5,7 @@ key in the cache, shared by all heads. Few queries are answered on the latents t
 the query and the output); many queries expand the latents to keys and values of each head, a few heads at a time.
 """
 
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Optional
 
@@ -115,6 +116,16 @@ class AttentionSpan:
         constrained = self.padding is not None or self.given is not None or self.documents is not None
         return not constrained and self.first is not None and self.first + len(self.query_index) == keys
 
+    @cached_property
+    def packing(self) -> dict:
+        """Where packed sequences begin and end in the flattened batch, as flash attention functions take it."""
+        if self.documents is None:
+            return {}
+        begins = F.pad(self.documents.diff(dim=-1) != 0, (1, 0), value=True).flatten()
+        ends = F.pad(begins.nonzero().flatten(), (0, 1), value=begins.numel()).to(torch.int32)
+        longest = int(ends.diff().max())
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
     def rows(self, start: int, stop: int, keys: int) -> Optional[torch.Tensor]:
         """What queries `start … stop` see of the first `keys` keys.
 
@@ -139,7 +150,8 @@ class AttentionSpan:
         key = torch.arange(keys, device=query.device)
         visible = (key <= query)[None, None]
         if self.documents is not None:
-            same = self.documents[:, start:stop, None] == self.documents[:, None, :]
+            document = F.pad(self.documents, (0, keys - self.documents.shape[1]), value=-1)  # a static cache is longer
+            same = self.documents[:, start:stop, None] == document[:, None, :]
             visible = visible & same.unsqueeze(1)
         if self.padding is not None:
             known = F.pad(self.padding, (0, max(0, keys - self.padding.shape[1])), value=True)[:, :keys]
@@ -346,10 +358,6 @@ class KimiK26Attention(nn.Module):
             )
         seen = int(span.query_index[-1]) + 1  # a static cache is longer than what it holds
         key, value = key[:, :, :seen], value[:, :, :seen]
-        positions = None
-        if span.documents is not None:  # packed sequences: the functions find them by the restarting positions
-            starts = torch.searchsorted(span.documents, span.documents)
-            positions = span.query_index - starts
         out, weights = ALL_ATTENTION_FUNCTIONS[implementation](
             self,
             query,
@@ -358,7 +366,7 @@ class KimiK26Attention(nn.Module):
             span.padding,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            position_ids=positions,
+            **span.packing,
         )
         return out[..., : self.v_dim], weights
 
