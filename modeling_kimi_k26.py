@@ -61,9 +61,7 @@ class KimiK26PreTrainedModel(PreTrainedModel):
     _supports_flash_attn_2 = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False
-    # Each expert is asked for how many tokens it got, which a graph cannot hold.
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _can_compile_fullgraph = False  # each expert is asked for how many tokens it got, which a graph cannot hold
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
