@@ -1,26 +1,34 @@
 """`KimiK26ForConditionalGeneration`: where text model, vision tower and projector meet; the face for the Auto classes."""
 
+import copy
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional, Union
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, logging
 
+from .checkpoint_kimi_k26 import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError
 from .configuration_kimi_k26 import KimiK26Config
 from .experts_kimi_k26 import KimiK26Router
-from .quantization_kimi_k26 import KimiK26Int4Linear
+from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
 from .text_kimi_k26 import KimiK26LanguageModel, KimiK26RMSNorm
 from .vision_kimi_k26 import KimiK26PositionTable, KimiK26Projector, KimiK26VisionTower
 
 
 try:  # transformers 5: the same functions, which leave alone what a checkpoint has filled
     from transformers import initialization as init
+    from transformers.initialization import no_init_weights
 except ImportError:
     from torch.nn import init
+    from transformers.modeling_utils import no_init_weights
 
 logger = logging.get_logger(__name__)
 
@@ -85,6 +93,89 @@ class KimiK26PreTrainedModel(PreTrainedModel):
             if not getattr(module.weight_packed, "_is_hf_initialized", False) and not module.weight_packed.is_meta:
                 device = module.weight_packed.device
                 module.set_weight(torch.randn(module.out_features, module.in_features, device=device) * std)
+
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """The library's `from_pretrained`; a folder of safetensors files goes into main memory in seconds, as memory maps.
+
+        Args:
+            dtype (`str` or `torch.dtype`, *optional*): of the plain weights; the checkpoint's own by default.
+
+        Raises:
+            CheckpointError: listing every tensor and file that is damaged or does not fit the config.
+        """
+        if "dtype" not in kwargs:
+            kwargs["dtype"] = kwargs.pop("torch_dtype", None) or "auto"
+        if not _maps_into_memory(pretrained_model_name_or_path, model_args, kwargs):
+            result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            # transformers 5 makes every floating-point parameter trainable.
+            for module in (result[0] if isinstance(result, tuple) else result).modules():
+                if isinstance(module, KeepDtype):
+                    for name in module.kept:
+                        getattr(module, name).requires_grad_(False)
+            return result
+        dtype, device_map = kwargs.pop("dtype"), kwargs.pop("device_map", None)
+        loading_info = kwargs.pop("output_loading_info", False)
+        for key in ("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "_from_auto", "adapter_kwargs"):
+            kwargs.pop(key, None)
+        attention = kwargs.pop("attn_implementation", None)
+        config = kwargs.pop("config", None)
+        if not isinstance(config, KimiK26Config):
+            source = pretrained_model_name_or_path if config is None else config
+            config, kwargs = KimiK26Config.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+        config = copy.deepcopy(config)
+        config.name_or_path = str(pretrained_model_name_or_path)
+        config._attn_implementation = attention
+        checkpoint, stored = Checkpoint(pretrained_model_name_or_path), config.dtype
+        for part in (config, config.text_config):
+            part.dtype = stored if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        with _built_on_meta(config.dtype or torch.float32):
+            model = cls(config, **kwargs)
+        findings = checkpoint.findings + list(checkpoint.compare(model, stored))
+        if findings:
+            raise CheckpointError(pretrained_model_name_or_path, findings)
+        checkpoint.fill(model, lambda modules: logging.tqdm(modules, desc="Loading weights", unit=" modules"))
+        model.eval()
+        if (Path(pretrained_model_name_or_path) / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
+        if device_map is not None:
+            model.hf_device_map = {"": "cpu"}
+        nothing = {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
+        return (model, nothing) if loading_info else model
+
+
+def _maps_into_memory(folder, model_args, kwargs) -> bool:
+    """Whether a call of `from_pretrained` asks for no more than a folder's safetensors files in main memory."""
+    known = {"config", "dtype", "device_map", "output_loading_info", "attn_implementation", "_from_auto"}
+    known |= {"trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs"}
+    in_memory = kwargs.get("device_map") in (None, "cpu", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")})
+    folder = Path(folder) if folder is not None and os.path.isdir(folder) else None
+    return (
+        not model_args
+        and set(kwargs) <= known
+        and in_memory
+        and torch.get_default_device().type == "cpu"
+        and folder is not None
+        and kwargs.get("use_safetensors") is not False
+        and not isinstance(kwargs["dtype"], dict)
+        and not kwargs.get("adapter_kwargs")
+        and not (folder / "adapter_config.json").exists()
+        and any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE))
+        and not is_deepspeed_zero3_enabled()
+    )
+
+
+@contextmanager
+def _built_on_meta(dtype: torch.dtype):
+    """Modules built inside have their floating-point parameters in `dtype`, on `meta`, and are not initialised."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights(), torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
