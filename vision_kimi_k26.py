@@ -189,8 +189,8 @@ class KimiK26VisionTower(nn.Module):
         size = self.config.patch_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(f"pixel_values must be (patches, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
-        if grid_thws.dim() != 2 or grid_thws.shape[-1] != 3:
-            raise ValueError(f"grid_thws must be (clips, 3), got {tuple(grid_thws.shape)}")
+        if grid_thws.dim() != 2 or grid_thws.shape[-1] != 3 or len(grid_thws) == 0:
+            raise ValueError(f"grid_thws must be (clips, 3), one clip or more, got {tuple(grid_thws.shape)}")
         grids = [tuple(grid) for grid in grid_thws.tolist()]
         row_step, column_step = self.config.merge_kernel_size
         for index, (frames, rows, columns) in enumerate(grids):

@@ -80,7 +80,9 @@ def test_the_fast_way_and_the_librarys_give_the_same_model(folder):
         assert parameter.dtype == theirs[name].dtype and parameter.requires_grad == theirs[name].requires_grad
         assert torch.equal(parameter, theirs[name])
     assert fast.generation_config.to_dict() == slow.generation_config.to_dict()
-    assert fast.config.to_dict() == slow.config.to_dict()
+    ours, theirs = fast.config.to_dict(), slow.config.to_dict()
+    theirs["vision_config"].pop("dtype", None)  # transformers 5 writes one into every part
+    assert ours == theirs
     assert fast.config._attn_implementation == slow.config._attn_implementation
     assert fast.name_or_path == slow.name_or_path
 
