@@ -127,9 +127,10 @@ class KimiK26PreTrainedModel(PreTrainedModel):
         config = copy.deepcopy(config)
         config.name_or_path = str(pretrained_model_name_or_path)
         config._attn_implementation = attention
-        checkpoint, stored = Checkpoint(pretrained_model_name_or_path), config.dtype
+        checkpoint, stored = Checkpoint(pretrained_model_name_or_path), _stored_dtype(pretrained_model_name_or_path)
         for part in (config, config.text_config):
-            part.dtype = stored if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+            if dtype != "auto":
+                part.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         with _built_on_meta(config.dtype or torch.float32):
             model = cls(config, **kwargs)
         findings = checkpoint.findings + list(checkpoint.compare(model, stored))
@@ -164,6 +165,16 @@ def _maps_into_memory(folder, model_args, kwargs) -> bool:
         and any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE))
         and not is_deepspeed_zero3_enabled()
     )
+
+
+def _stored_dtype(folder) -> Optional[torch.dtype]:
+    """What the folder's own config says; the Auto classes write the dtype asked for into the config they hand over."""
+    try:
+        fields, _ = KimiK26Config.get_config_dict(folder)
+    except OSError:
+        return None
+    name = fields.get("dtype", fields.get("torch_dtype"))
+    return getattr(torch, name) if isinstance(name, str) else None
 
 
 @contextmanager
