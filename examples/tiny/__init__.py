@@ -1,0 +1,1 @@
+"""What `train_tiny.py` is made of: drawing, dialogues, vocabulary, learning, evaluation."""

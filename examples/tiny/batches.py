@@ -1,0 +1,102 @@
+"""Dialogues as tensors. The batch of a step is a function of (seed, step, rank) alone, so a resumed run sees the same data."""
+
+from dataclasses import dataclass
+from random import Random
+from typing import Callable
+
+import numpy as np
+import tiktoken
+import torch
+
+from .dialogues import GRID, Case, film_clips, random_case, render
+from .drawing import Film, draw, draw_frame
+
+PATCH = 14
+IGNORED = -100
+LENGTH_STEP = 16  # lengths come in few sizes: a size met for the first time is slow
+
+
+@dataclass
+class Batch:
+    """Dialogues of similar length, padded on the right.
+
+    ids, labels `(rows, length)` int64 (`labels` stands one to the left: what follows each token, or -100);
+    clips: by grid, the patches of all clips of that size, `(clips, patches, 588)` uint8, and the place of each clip's
+    first token among the batch's media tokens.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    skills: list[str]
+    clips: dict[tuple[int, int, int], tuple[torch.Tensor, list[int]]]
+    media_tokens: int
+
+
+def cut_patches(frame: np.ndarray) -> np.ndarray:
+    """`(height, width, 3)` uint8 → `(patches, 588)`: padded with zeros to whole tokens, channels first in a patch."""
+    height, width, _ = frame.shape
+    frame = np.pad(frame, ((0, -height % GRID), (0, -width % GRID), (0, 0)))
+    rows, columns = frame.shape[0] // PATCH, frame.shape[1] // PATCH
+    frame = frame.reshape(rows, PATCH, columns, PATCH, 3).transpose(0, 2, 4, 1, 3)
+    return frame.reshape(rows * columns, 3 * PATCH * PATCH)
+
+
+def media_clips(item) -> list[tuple[tuple[int, int, int], np.ndarray]]:
+    """Grid and patches of a picture, or of each clip of a film."""
+    scene = item.scene if isinstance(item, Film) else item
+    rows, columns = (-(-side // GRID) * GRID // PATCH for side in (scene.height, scene.width))
+    if not isinstance(item, Film):
+        return [((1, rows, columns), cut_patches(np.asarray(draw(item))))]
+    clips = []
+    for _, indices in film_clips(item):
+        frames = [cut_patches(np.asarray(draw_frame(item, index))) for index in indices]
+        clips.append(((len(frames), rows, columns), np.concatenate(frames)))
+    return clips
+
+
+def encode(encoding: tiktoken.Encoding, case: Case) -> tuple[list[int], list[int]]:
+    """Ids of a dialogue, and the labels of the tokens that follow."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, target in render(case):
+        piece = encoding.encode(text, allowed_special="all")
+        ids += piece
+        labels += piece if target else [IGNORED] * len(piece)
+    return ids[:-1], labels[1:]
+
+
+def make_batches(
+    encoding: tiktoken.Encoding,
+    seed: int,
+    step: int,
+    rank: int,
+    rows: int,
+    parts: int,
+    make: Callable[[Random], Case] = random_case,
+) -> list[Batch]:
+    """`rows` dialogues, cut by length into `parts` batches."""
+    rng = Random(f"{seed}/{step}/{rank}")
+    cases = [make(rng) for _ in range(rows)]
+    coded = sorted(((case, *encode(encoding, case)) for case in cases), key=lambda item: len(item[1]))
+    bounds = [len(coded) * k // parts for k in range(parts + 1)]
+    return [collate(coded[a:b], encoding) for a, b in zip(bounds, bounds[1:]) if b > a]
+
+
+def collate(coded: list[tuple[Case, list[int], list[int]]], encoding: tiktoken.Encoding) -> Batch:
+    length = -(-max(len(ids) for _, ids, _ in coded) // LENGTH_STEP) * LENGTH_STEP
+    pad = encoding.encode_single_token("[PAD]")
+    ids = torch.full((len(coded), length), pad)
+    labels = torch.full((len(coded), length), IGNORED)
+    groups: dict[tuple, tuple[list, list]] = {}
+    start = 0
+    for row, (case, one, label) in enumerate(coded):
+        ids[row, : len(one)] = torch.tensor(one)
+        labels[row, : len(label)] = torch.tensor(label)
+        for item in case.media:
+            for grid, patches in media_clips(item):
+                pixels, starts = groups.setdefault(grid, ([], []))
+                pixels.append(patches)
+                starts.append(start)
+                start += grid[1] * grid[2] // 4
+    clips = {grid: (torch.from_numpy(np.stack(pixels)), starts) for grid, (pixels, starts) in groups.items()}
+    return Batch(ids, labels, [case.skill for case, _, _ in coded], clips, start)

@@ -1,0 +1,258 @@
+"""What training adds to the model: stacked experts, pictures in groups of one size, the optimizer, the balance."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kimi_k26.experts_kimi_k26 import KimiK26Experts
+from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
+from kimi_k26.text_kimi_k26 import rotate_pairs
+from kimi_k26.vision_kimi_k26 import rotary_2d
+
+from .batches import IGNORED, Batch
+
+INT4_GROUP = 32
+BLOCK = 64  # rows: products are padded to whole blocks
+
+
+def whole_blocks(count: int) -> int:
+    return -(-count // BLOCK) * BLOCK
+
+
+def float_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Causal attention in float32, `(batch, heads, length, dim)` each: on a CPU several times faster backward."""
+    out = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True, scale=scaling)
+    return out.transpose(1, 2).to(query.dtype), None
+
+
+class StackedExperts(nn.Module):
+    """The routed experts of one layer with their weights stacked, which trains several times faster than many modules.
+
+    `weigh` copies them into the published modules; the sums are the same.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate = nn.Parameter(torch.empty(experts, width, hidden))
+        self.up = nn.Parameter(torch.empty(experts, width, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, width))
+        self.real: torch.Tensor | None = None  # (tokens,) boolean: padding passes no expert
+        self.load = torch.zeros(experts)  # tokens each expert got since it was last read
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        experts, (tokens, top_k) = len(self.gate), chosen.shape
+        flat = chosen.flatten()
+        if self.real is not None:
+            flat = torch.where(self.real.repeat_interleave(top_k), flat, experts)
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=experts + 1)
+        self.load += counts[:experts]
+        # Every expert has as many places as the busiest one needs, in whole blocks; what is free reads a row of zeros.
+        width = whole_blocks(int(counts[:experts].max()))
+        begin = counts.cumsum(0) - counts
+        places = torch.empty_like(flat)  # of each (token, choice); padding has none
+        places[order] = torch.arange(len(flat)) - begin[flat[order]] + flat[order] * width
+        places = places.clamp(max=experts * width)
+        source = torch.full((experts * width + 1,), tokens)
+        source[places] = torch.arange(len(flat)) // top_k
+        given = F.pad(x, (0, 0, 0, 1)).index_select(0, source[:-1]).view(experts, width, -1)
+        inner = F.silu(given @ self.gate.transpose(1, 2)) * (given @ self.up.transpose(1, 2))
+        out = F.pad((inner @ self.down.transpose(1, 2)).flatten(0, 1), (0, 0, 0, 1))
+        out = out.index_select(0, places).view(tokens, top_k, -1)
+        return (out.float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    @torch.no_grad()
+    def weigh(self, experts: KimiK26Experts) -> None:
+        """Write the weights into the model's own experts, INT4 or plain."""
+        for at, expert in enumerate(experts):
+            for name in ("gate", "up", "down"):
+                linear, weight = getattr(expert, f"{name}_proj"), getattr(self, name)[at]
+                if hasattr(linear, "set_weight"):
+                    linear.set_weight(weight.to(torch.bfloat16))
+                else:
+                    linear.weight.copy_(weight)
+
+
+def moe_layers(model) -> list[nn.Module]:
+    return [layer.mlp for layer in model.language_model.model.layers if hasattr(layer.mlp, "experts")]
+
+
+@torch.no_grad()
+def start_weights(model) -> None:
+    """First weights: each matrix keeps the size of what it is given; the last one of each branch starts small."""
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
+        elif "embed_tokens" in name:
+            parameter.normal_(0, 0.5)
+        elif "pos_emb" in name:
+            parameter.normal_(0, 0.3)
+        elif parameter.dim() >= 2:
+            fan_in = parameter[0].numel() if "experts.gate" not in name else parameter.shape[-1]
+            if ".experts." in name:
+                fan_in = parameter.shape[-1]
+            small = 0.3 if any(part in name for part in ("o_proj", "down", "wo.", "fc1", "lm_head")) else 1.0
+            parameter.normal_(0, small / math.sqrt(fan_in))
+
+
+def media_features(model, batch: Batch) -> torch.Tensor:
+    """What `model.get_image_features` gives, computed for all clips of one size at once: `(media tokens, hidden)`."""
+    tower = model.vision_tower
+    embed, config = tower.patch_embed, tower.config
+    dtype = embed.proj.weight.dtype
+    grids = list(batch.clips)
+    pixels = torch.cat([pixels.flatten(0, 1) for pixels, _ in batch.clips.values()])
+    filling = whole_blocks(len(pixels)) - len(pixels)
+    pixels = F.pad((pixels.float() / 127.5 - 1).to(dtype), (0, 0, 0, filling))
+    x = F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias)
+    counts = [len(batch.clips[grid][1]) for grid in grids]
+    codes = [embed.pos_emb(grid).repeat(count, 1) for grid, count in zip(grids, counts)]
+    x = x + F.pad(torch.cat(codes), (0, 0, 0, filling))
+    turns = [rotary_2d([grid], tower.encoder.head_dim, x.device) for grid in grids]
+    cos = torch.cat([turn[0].repeat(count, 1) for turn, count in zip(turns, counts)]).unsqueeze(1)
+    sin = torch.cat([turn[1].repeat(count, 1) for turn, count in zip(turns, counts)]).unsqueeze(1)
+    areas = [frames * rows * columns for frames, rows, columns in grids]
+    lengths = [area * count for area, count in zip(areas, counts)]
+    total = sum(lengths)
+    for block in tower.encoder.blocks:
+        query, key, value = block.wqkv(block.norm0(x))[:total].float().unflatten(-1, (3, block.heads, -1)).unbind(1)
+        query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+        outs = []
+        for *qkv, area in zip(query.split(lengths), key.split(lengths), value.split(lengths), areas):
+            qkv = [part.unflatten(0, (-1, area)).transpose(1, 2) for part in qkv]
+            out = F.scaled_dot_product_attention(*qkv, scale=block.scaling)
+            outs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+        x = x + block.wo(F.pad(torch.cat(outs).to(x.dtype), (0, 0, 0, filling)))
+        x = x + block.mlp(block.norm1(x))
+    x = tower.encoder.final_layernorm(x[:total])
+    row_step, column_step = config.merge_kernel_size
+    merged, places = [], []
+    for part, (frames, rows, columns), grid in zip(x.split(lengths), grids, grids):
+        part = part.unflatten(0, (-1, frames, rows // row_step, row_step, columns // column_step, column_step))
+        part = part.mean(1).transpose(2, 3)  # (clips, rows / 2, columns / 2, 2, 2, width)
+        merged.append(part.flatten(3, 4).flatten(0, 2))
+        tokens = (rows // row_step) * (columns // column_step)
+        places += [start + k for start in batch.clips[grid][1] for k in range(tokens)]
+    merged = torch.cat(merged)
+    features = model.mm_projector(F.pad(merged, (0, 0, 0, 0, 0, whole_blocks(len(merged)) - len(merged))))
+    return features[torch.tensor(places).argsort()]
+
+
+def forward(model, batch: Batch, media_token: int, pad_token: int, want_router: bool = False):
+    """Logits of the assistant's words `(words, vocabulary)`, their labels, their rows, and the router's logits."""
+    core = model.language_model.model
+    embeds = core.embed_tokens(batch.ids)
+    if batch.clips:
+        where = (batch.ids == media_token).unsqueeze(-1)
+        embeds = embeds.masked_scatter(where, media_features(model, batch))
+    real = (batch.ids != pad_token).flatten()
+    for layer in moe_layers(model):
+        layer.experts.real = real
+    # Padding stands on the right and nothing is learnt from it, so the causal mask is all that is needed.
+    output = core(embeds, output_router_logits=want_router)
+    wanted = batch.labels != IGNORED
+    heard = output.last_hidden_state[wanted]
+    heard = F.pad(heard, (0, 0, 0, whole_blocks(len(heard)) - len(heard)))
+    logits = model.language_model.lm_head(heard)[: int(wanted.sum())]
+    rows = wanted.nonzero()[:, 0]
+    routers = [logits[real] for logits in output.router_logits] if want_router else []
+    return logits.float(), batch.labels[wanted], rows, routers
+
+
+def balance_loss(routers: list[torch.Tensor], top_k: int) -> torch.Tensor:
+    """The load-balancing loss of DeepSeek-V3 (arXiv:2412.19437, equations 17 to 20), over a batch, mean over layers."""
+    total = 0.0
+    for logits in routers:
+        scores = logits.sigmoid()
+        chosen = scores.topk(top_k, dim=-1).indices
+        share = torch.bincount(chosen.flatten(), minlength=logits.shape[1]).float() / (len(logits) * top_k)
+        mean = (scores / scores.sum(-1, keepdim=True)).mean(0)
+        total = total + logits.shape[1] * (share * mean).sum()
+    return total / len(routers)
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """The nearest matrix whose singular values are about 1, by five Newton-Schulz steps (Muon, Jordan et al. 2024).
+
+    `(..., rows, columns)` → the same, bfloat16.
+    """
+    x = matrix.to(torch.bfloat16)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.transpose(-1, -2) if tall else x
+    x = x / (x.float().flatten(-2).norm(dim=-1)[..., None, None] + 1e-7).to(x.dtype)
+    for _ in range(5):
+        a = x @ x.transpose(-1, -2)
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.transpose(-1, -2) if tall else x
+
+
+class Optimizer:
+    """Muon for the matrices inside the layers, Adam for all else; float32 masters of bfloat16 weights.
+
+    From the moment `int4` is set, the routed experts' bfloat16 weights are those that their INT4 words stand for, while
+    gradients go to the masters unrounded (a straight-through estimate): the model learns with the weights it will have.
+    """
+
+    def __init__(self, model, matrix_rate: float, other_rate: float, decay: float):
+        self.matrix_rate, self.other_rate, self.decay = matrix_rate, other_rate, decay
+        self.int4, self.steps = False, 0
+        self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.master = {name: p.detach().float().clone() for name, p in self.live.items()}
+        self.moment = {name: torch.zeros_like(p) for name, p in self.master.items()}
+        self.matrices: dict[tuple, list[str]] = {}
+        for name, p in self.live.items():
+            inside = ".layers." in name or ".blocks." in name or "mm_projector" in name
+            if inside and p.dim() >= 2 and "mlp.gate.weight" not in name:
+                self.matrices.setdefault(tuple(p.shape[-2:]), []).append(name)
+        by_muon = {name for names in self.matrices.values() for name in names}
+        self.others = [name for name in self.live if name not in by_muon]
+        self.second = {name: torch.zeros_like(self.master[name]) for name in self.others}
+
+    @torch.no_grad()
+    def step(self, gradients: dict[str, torch.Tensor], factor: float) -> None:
+        """One step along `gradients` (float32), rates times `factor`."""
+        self.steps += 1
+        for (rows, columns), names in self.matrices.items():
+            wide = []
+            for name in names:
+                moment = self.moment[name].lerp_(gradients[name], 0.05)
+                wide.append(gradients[name].lerp(moment, 0.95).reshape(-1, rows, columns))
+            turned = orthogonal(torch.cat(wide)).float().split([len(part) for part in wide])
+            rate = self.matrix_rate * factor
+            for name, direction in zip(names, turned):
+                master = self.master[name]
+                master.mul_(1 - rate * self.decay)
+                master.sub_(direction.view_as(master), alpha=rate * max(1, rows / columns) ** 0.5)
+        rate, first, second = self.other_rate * factor, 0.9, 0.98
+        for name in self.others:
+            gradient = gradients[name]
+            moment, square = self.moment[name].lerp_(gradient, 1 - first), self.second[name]
+            square.lerp_(gradient.square(), 1 - second)
+            scale = (square / (1 - second**self.steps)).sqrt_().add_(1e-8)
+            self.master[name].sub_(moment / scale, alpha=rate / (1 - first**self.steps))
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Masters → the model's own weights."""
+        for name, p in self.live.items():
+            master = self.master[name]
+            if self.int4 and ".experts." in name:
+                master = dequantize_int4(*quantize_int4(master.to(torch.bfloat16), INT4_GROUP), torch.bfloat16)
+            p.copy_(master)
+
+    def state(self) -> dict:
+        kept = ("int4", "steps", "master", "moment", "second")
+        return {name: getattr(self, name) for name in kept}
+
+    def restore(self, state: dict) -> None:
+        self.int4, self.steps = state["int4"], state["steps"]
+        for mine, theirs in ((getattr(self, n), state[n]) for n in ("master", "moment", "second")):
+            for name, tensor in mine.items():
+                tensor.copy_(theirs[name])
+        self.publish()

@@ -1,0 +1,170 @@
+"""The training loop: one process per core, the same weights in each, gradients averaged after every step."""
+
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AttentionInterface
+
+from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
+
+from .batches import make_batches
+from .learning import (
+    Optimizer,
+    StackedExperts,
+    balance_loss,
+    float_attention,
+    forward,
+    moe_layers,
+    start_weights,
+)
+from .settings import model_config
+from .vocabulary import encoding
+
+WARMUP, DECAY_FROM, INT4_FROM = 30, 0.5, 0.4  # steps; shares of the run
+BIAS_STEP = 2e-3  # by which the correction bias moves, at full learning rate
+SAVE_EVERY = 300  # seconds
+STATE = "training.pt"
+
+
+def build(ranks: dict[bytes, int], seed: int):
+    """The model in bfloat16 as it is trained: experts stacked, float32 attention."""
+    AttentionInterface.register("float_sdpa", float_attention)
+    torch.manual_seed(seed)
+    config = KimiK26Config(**model_config(len(ranks), quantized=False))
+    model = KimiK26ForConditionalGeneration(config)
+    for layer in moe_layers(model):
+        layer.experts = StackedExperts(config.text_config)
+    start_weights(model)
+    model.config.text_config._attn_implementation = "float_sdpa"
+    return model.to(torch.bfloat16)
+
+
+def rate_factor(step: int, progress: float) -> float:
+    """The learning rate's course: a short rise, constant, then down in a straight line."""
+    fall = 1.0 if progress < DECAY_FROM else max(0.0, (1 - progress) / (1 - DECAY_FROM))
+    return min(1.0, (step + 1) / WARMUP) * fall
+
+
+class Scores:
+    """Per skill, how many dialogues were right to the last token, and the loss, since they were last asked for."""
+
+    def __init__(self):
+        self.rows = defaultdict(lambda: [0, 0, 0.0])  # right, all, loss
+
+    def add(self, skills: list[str], rows: torch.Tensor, losses: torch.Tensor, right: torch.Tensor) -> None:
+        count = torch.bincount(rows, minlength=len(skills)).clamp(min=1)
+        loss = torch.zeros(len(skills)).index_add(0, rows, losses) / count
+        wrong = torch.zeros(len(skills)).index_add(0, rows, (~right).float())
+        for skill, one, errors in zip(skills, loss.tolist(), wrong.tolist()):
+            record = self.rows[skill]
+            record[0] += errors == 0
+            record[1] += 1
+            record[2] += one
+
+    def take(self) -> dict:
+        rows, self.rows = dict(self.rows), defaultdict(lambda: [0, 0, 0.0])
+        return rows
+
+
+def merge_scores(parts: list[dict]) -> dict:
+    merged = defaultdict(lambda: [0, 0, 0.0])
+    for part in parts:
+        for skill, record in part.items():
+            merged[skill] = [a + b for a, b in zip(merged[skill], record)]
+    return {skill: (right / total, loss / total) for skill, (right, total, loss) in sorted(merged.items())}
+
+
+def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
+    """What each process does; process 0 also shows progress and writes `training.pt`."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ["MASTER_PORT"] = str(options.port)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    model = build(ranks, options.seed)
+    optimizer = Optimizer(model, options.matrix_rate, options.other_rate, decay=0.02)
+    coder, first = encoding(ranks), len(ranks)
+    layers, top_k = moe_layers(model), model.config.text_config.num_experts_per_tok
+    step, spent, history = 0, 0.0, []
+    state_file = Path(options.out) / STATE
+    if options.resume and state_file.exists():
+        state = torch.load(state_file, weights_only=False)
+        optimizer.restore(state["optimizer"])
+        step, spent, history = state["step"], state["spent"], state["history"]
+        for layer, bias in zip(layers, state["biases"]):
+            layer.gate.e_score_correction_bias.data.copy_(bias)
+    scores, begun, saved = Scores(), time.monotonic() - spent, time.monotonic()
+    bar = tqdm(total=options.steps, initial=step, disable=rank > 0, smoothing=0.02, mininterval=5)
+    budget = options.minutes * 60
+    while True:
+        # Process 0 keeps the clock, for all must agree on the learning rate and on the end.
+        clock = torch.tensor([time.monotonic() - begun])
+        dist.broadcast(clock, 0)
+        spent = float(clock)
+        progress = max(step / options.steps, spent / budget)
+        stop = step >= options.until or progress >= 1
+        if stop or (step and step % options.log_every == 0 and (not history or history[-1]["step"] != step)):
+            parts = [None] * world
+            dist.all_gather_object(parts, scores.take())
+            if rank == 0:
+                note(history, step, spent, merge_scores(parts), layers, bar)
+        if rank == 0 and (stop or time.monotonic() - saved > SAVE_EVERY):
+            save_state(state_file, optimizer, layers, step, spent, history)
+            saved = time.monotonic()
+        if stop:
+            break
+        optimizer.int4 = progress >= INT4_FROM
+        factor = rate_factor(step, progress)
+        batches = make_batches(coder, options.seed, step, rank, options.rows, options.parts)
+        words = sum(int((batch.labels >= 0).sum()) for batch in batches)
+        for batch in batches:
+            logits, labels, rows, routers = forward(model, batch, first + 21, first + 255, options.aux_loss_alpha > 0)
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            loss = losses.sum() / words
+            if routers:
+                loss = loss + options.aux_loss_alpha * balance_loss(routers, top_k) / len(batches)
+            loss.backward()
+            scores.add(batch.skills, rows, losses.detach(), logits.argmax(-1) == labels)
+        # One message for all gradients and the experts' loads.
+        sent = [torch.zeros_like(optimizer.master[n]) if p.grad is None else p.grad.float() for n, p in optimizer.live.items()]
+        sizes = [part.numel() for part in sent]
+        flat = torch.cat([*(part.flatten() for part in sent), *(layer.experts.load for layer in layers)])
+        dist.all_reduce(flat)
+        *parts, loads = flat.split([*sizes, len(flat) - sum(sizes)])
+        gradients = {n: (part / world).view_as(p) for (n, p), part in zip(optimizer.live.items(), parts)}
+        norm = torch.sqrt(sum(part.square().sum() for part in parts)) / world
+        if norm > 1:
+            for gradient in gradients.values():
+                gradient.div_(norm)
+        optimizer.step(gradients, factor)
+        for parameter in optimizer.live.values():
+            parameter.grad = None
+        for layer, load in zip(layers, loads.view(len(layers), -1)):
+            # Auxiliary-loss-free balance (DeepSeek-V3, section 2.1.2): too little work, a better chance; and back.
+            layer.gate.e_score_correction_bias.data += BIAS_STEP * max(factor, 0.1) * torch.sign(load.mean() - load)
+            layer.seen = 0.98 * getattr(layer, "seen", load) + 0.02 * load
+            layer.experts.load.zero_()
+        step += 1
+        bar.update()
+    bar.close()
+    dist.destroy_process_group()
+
+
+def note(history: list, step: int, spent: float, scores: dict, layers, bar) -> None:
+    share = min((float(layer.seen.min() / layer.seen.mean()) for layer in layers if hasattr(layer, "seen")), default=1.0)
+    history.append({"step": step, "seconds": spent, "scores": scores, "least_used_expert": share})
+    told = " ".join(f"{skill} {100 * right:.0f}%/{loss:.2f}" for skill, (right, loss) in scores.items())
+    bar.write(f"step {step}, {spent / 60:.1f} min, least used expert {share:.2f}: {told}")
+
+
+def save_state(path: Path, optimizer, layers, step, spent, history) -> None:
+    biases = [layer.gate.e_score_correction_bias.data.clone() for layer in layers]
+    state = {"optimizer": optimizer.state(), "step": step, "spent": spent, "history": history, "biases": biases}
+    temporary = path.with_suffix(".new")
+    torch.save(state, temporary)
+    temporary.replace(path)

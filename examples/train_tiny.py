@@ -1,0 +1,65 @@
+"""From nothing to a small Kimi-K2.6 that answers: `python examples/train_tiny.py --out DIR`.
+
+Draws its own pictures and videos and writes its own dialogues (`tiny/`), learns a vocabulary from them, trains a small
+model of this class, and writes a checkpoint in the published layout, INT4 experts included, with a table of what it can
+do. Nothing is downloaded. `--resume` continues a run that was stopped, with the same data in the same order.
+"""
+
+import argparse
+import json
+import socket
+from pathlib import Path
+from random import Random
+
+import regex
+import torch.multiprocessing
+
+from tiny.dialogues import random_case, render
+from tiny.running import STATE, work
+from tiny.vocabulary import learn_ranks, write_tokenizer
+
+MERGES, CORPUS = 800, 4000  # byte pairs, and the dialogues they are learnt from
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where the checkpoint goes")
+    parser.add_argument("--minutes", type=float, default=110, help="end after so many minutes at the latest (%(default)s)")
+    parser.add_argument("--steps", type=int, default=6000, help="end after so many steps (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help=f"go on from DIR/{STATE}")
+    parser.add_argument("--until", type=int, help="stop at this step as if interrupted, for a later --resume")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one core each (%(default)s)")
+    parser.add_argument("--aux-loss-alpha", type=float, default=0.0, help="weight of a balancing loss, beside the bias")
+    parser.add_argument("--matrix-rate", type=float, default=0.02, help="learning rate of Muon (%(default)s)")
+    parser.add_argument("--other-rate", type=float, default=0.004, help="learning rate of Adam (%(default)s)")
+    parser.add_argument("--rows", type=int, default=32, help="dialogues a step, in each process (%(default)s)")
+    parser.add_argument("--parts", type=int, default=4, help="batches they are cut into by length (%(default)s)")
+    parser.add_argument("--log-every", type=int, default=100, help="steps between lines of progress (%(default)s)")
+    options = parser.parse_args()
+    options.until = options.until or options.steps
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        options.port = probe.getsockname()[1]
+    return options
+
+
+def learn_vocabulary(seed: int) -> dict[bytes, int]:
+    rng = Random(f"vocabulary {seed}")
+    texts = []
+    for _ in range(CORPUS):
+        for text, _ in render(random_case(rng)):
+            texts += [part for part in regex.split(r"<\|[^|]*\|>|</?think>", text) if part]
+    return learn_ranks(texts, MERGES)
+
+
+def main() -> None:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    ranks = learn_vocabulary(options.seed)
+    write_tokenizer(options.out, ranks)
+    torch.multiprocessing.spawn(work, (options.workers, options, ranks), nprocs=options.workers)
+
+
+if __name__ == "__main__":
+    main()
