@@ -4,8 +4,11 @@ A checkpoint of hundreds of GiB opens in seconds: a tensor is a view of the file
 first used. Whatever is wrong with the files is found before anything is built from them.
 """
 
+import ctypes
+import functools
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -289,9 +292,31 @@ class Checkpoint:
         for prefix, module in progress(list(model.named_modules())):
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    tensor = self.tensor(f"{prefix}.{key}").to(parameter.dtype)
-                    module._parameters[key] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                    mapped = self.tensor(f"{prefix}.{key}")
+                    tensor = mapped.to(parameter.dtype)
+                    filled = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                    if tensor is mapped:  # see `release`
+                        filled.as_in_file = filled._version
+                    module._parameters[key] = filled
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def release(parameter: torch.Tensor):
+    """Give back the memory of a memory-mapped parameter; it is read from its file again when it is next used.
+
+    Does nothing for a tensor that lies elsewhere or has been written to since it was mapped.
+    """
+    if getattr(parameter, "as_in_file", None) != parameter._version or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = -(-parameter.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: the others have neighbours
+    last = (parameter.data_ptr() + parameter.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED))
+
+
+@functools.cache
+def _libc():
+    return ctypes.CDLL(None)

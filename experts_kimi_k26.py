@@ -1,11 +1,19 @@
-"""Router and experts: which feed-forward networks a token passes through, and the products themselves."""
+"""Router and experts: which feed-forward networks a token passes through, their products, and where experts live."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
+from .quantization_kimi_k26 import CpuInt4, KeepDtype, KimiK26Int4Linear
+
+
+# Up to this many rows the CPU's INT4 product is faster than unpacking the words and multiplying.
+FEW_ROWS = 48
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -79,15 +87,98 @@ class KimiK26Router(KeepDtype):
         return logits, weights * self.scaling, chosen
 
 
+class ExpertStore:
+    """Experts in the layout a kernel wants, as many as a budget of bytes holds.
+
+    Everything here is derived from the checkpoint's tensors, and can be dropped and made again. Where not all fit, the
+    often used stay: a new one takes the place of the least recently used only when it has been asked for more often.
+
+    Args:
+        budget (`int`, *optional*): bytes; without one, everything that was ever used stays.
+
+    Attributes:
+        hits, misses (`int`): how often an expert was there, or had to be made.
+        bytes_moved (`int`): bytes of the layouts made.
+        bytes_held (`int`): bytes of the layouts kept.
+    """
+
+    FORGET_AFTER = 2**16  # look-ups until all counts are halved, so that old habits fade
+
+    def __init__(self, budget: int | None = None):
+        self.budget = budget
+        self.clear()
+
+    def clear(self):
+        """Drop everything and begin to count anew."""
+        self.hits = self.misses = self.bytes_moved = self.bytes_held = 0
+        self._kept: OrderedDict = OrderedDict()  # key -> (stamp, layout), least recently used first
+        self._asked: Counter = Counter()
+
+    def __deepcopy__(self, memo):
+        return ExpertStore(self.budget)  # a copy of the model makes its own
+
+    def __reduce__(self):
+        return ExpertStore, (self.budget,)
+
+    def get(self, key, stamp, make: Callable):
+        """The layout under `key`; made by `make()` where it is not there or was made of other tensors (`stamp`)."""
+        self._asked[key] += 1
+        if (self.hits + self.misses) % self.FORGET_AFTER == self.FORGET_AFTER - 1:
+            self._asked = Counter({k: n // 2 for k, n in self._asked.items() if n > 1})
+        found = self._kept.get(key)
+        if found is not None and found[0] == stamp:
+            self.hits += 1
+            self._kept.move_to_end(key)
+            return found[1]
+        if found is not None:
+            self._drop(key)
+        self.misses += 1
+        layout = make()
+        self.bytes_moved += layout.nbytes
+        if self._make_room(key, layout.nbytes):
+            self._kept[key] = (stamp, layout)
+            self.bytes_held += layout.nbytes
+        return layout
+
+    def _make_room(self, key, size: int) -> bool:
+        while self.budget is not None and self.bytes_held + size > self.budget:
+            coldest = next(iter(self._kept), None)
+            if coldest is None or self._asked[coldest] >= self._asked[key]:
+                return False
+            self._drop(coldest)
+        return True
+
+    def _drop(self, key):
+        self.bytes_held -= self._kept.pop(key)[1].nbytes
+
+
+class CpuExpert:
+    """A routed expert in the layout of the CPU's INT4 product, gate and up in one."""
+
+    def __init__(self, expert: KimiK26MLP):
+        parts = (expert.gate_proj, expert.up_proj, expert.down_proj)
+        words, scales = [p.weight_packed for p in parts], [p.weight_scale for p in parts]
+        self.gate_up = CpuInt4(torch.cat(words[:2]), torch.cat(scales[:2]))
+        self.down = CpuInt4(words[2], scales[2])
+        self.nbytes = self.gate_up.nbytes + self.down.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
 class KimiK26Experts(nn.ModuleList):
     """The routed experts of one layer, each a [`KimiK26MLP`] under its number."""
 
     def __init__(self, config: KimiK26TextConfig):
         sizes = (config.hidden_size, config.moe_intermediate_size, config.int4_group_size)
         super().__init__(KimiK26MLP(*sizes) for _ in range(config.n_routed_experts))
+        hidden, width, group = sizes
+        self.has_cpu_layout = group is not None and CpuInt4.fits(2 * width, group) and CpuInt4.fits(hidden, group)
+        self.store = ExpertStore()  # one for all layers, once the model is whole
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of each token's experts, added up in float32 in the order of the experts' numbers.
+        """The weighted sum of each token's experts, added up in float32 (float64 in float64).
 
         Args:
             x (`torch.Tensor` of shape `(tokens, hidden_size)`).
@@ -96,18 +187,46 @@ class KimiK26Experts(nn.ModuleList):
         Returns:
             `torch.Tensor` of shape `(tokens, hidden_size)` in the dtype of `x`.
         """
+        if x.shape[0] == 1:
+            outs = torch.cat([self.run(number, x) for number in chosen[0].tolist()])
+            return (weights @ outs.to(weights.dtype)).to(x.dtype)
         # Sort the (token, choice) pairs by expert, so that each expert sees its tokens as one matrix.
         by_expert = chosen.flatten().argsort(stable=True)
         tokens, factors = by_expert // chosen.shape[1], weights.flatten()[by_expert].unsqueeze(-1)
         counts = torch.bincount(chosen.flatten(), minlength=len(self)).tolist()
         total, start = torch.zeros_like(x, dtype=at_least_float32(x.dtype)), 0
-        for expert, count in zip(self, counts):
+        for number, count in enumerate(counts):
             if count:
                 rows = tokens[start : start + count]
-                out = expert(x[rows]).to(total.dtype)
+                out = self.run(number, x[rows]).to(total.dtype)
                 total = total.index_add(0, rows, out * factors[start : start + count])
                 start += count
         return total.to(x.dtype)
+
+    def run(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """One expert on its rows, by the fastest way there is for them."""
+        expert = self[number]
+        projections = (expert.gate_proj, expert.up_proj, expert.down_proj)
+        own = all(type(p) is KimiK26Int4Linear and not hasattr(p, "_hf_hook") for p in projections)
+        few = x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        if few and own and self.has_cpu_layout and not (torch.is_grad_enabled() and x.requires_grad):
+            stamp = tuple((p.weight_packed.data_ptr(), p.weight_packed._version) for p in projections)
+            return self.store.get((id(self), number), stamp, lambda: self._prepare(expert))(x)
+        out = expert(x)
+        if own:
+            self._release(expert)
+        return out
+
+    def _prepare(self, expert: KimiK26MLP) -> CpuExpert:
+        prepared = CpuExpert(expert)
+        self._release(expert)
+        return prepared
+
+    @staticmethod
+    def _release(expert: KimiK26MLP):
+        for projection in (expert.gate_proj, expert.up_proj, expert.down_proj):
+            release(projection.weight_packed)
+            release(projection.weight_scale)
 
 
 class KimiK26MoE(nn.Module):

@@ -14,19 +14,23 @@ BITS = 4
 ZERO = 8  # a stored 8 is the weight 0
 
 
-def unpack_int4(words: torch.Tensor) -> torch.Tensor:
-    """Words → stored values.
+def stored_int4(words: torch.Tensor) -> torch.Tensor:
+    """Words → stored values, 0 … 15.
 
     Args:
         words (`torch.Tensor` of shape `(..., inputs / 8)`, int32).
 
     Returns:
-        `torch.Tensor` of shape `(..., inputs)`, int8, values -8 … 7 (the zero point is taken off).
+        `torch.Tensor` of shape `(..., inputs)`, uint8.
     """
-    # The shift of the top value drags the sign bit along; the mask drops it.
-    shifts = torch.arange(0, VALUES_PER_WORD * BITS, BITS, dtype=torch.int32, device=words.device)
-    values = (words.unsqueeze(-1) >> shifts) & (2**BITS - 1)
-    return (values - ZERO).to(torch.int8).flatten(-2)
+    # Bytes of a word lie lowest first in memory, as its values do: byte arithmetic is the shortest way.
+    pairs = words.contiguous().view(torch.uint8)
+    return torch.stack((pairs & (2**BITS - 1), pairs >> BITS), dim=-1).flatten(-2)
+
+
+def unpack_int4(words: torch.Tensor) -> torch.Tensor:
+    """Words → values -8 … 7 (the zero point is taken off), `(..., inputs)` int8; see [`stored_int4`]."""
+    return stored_int4(words).view(torch.int8) - ZERO
 
 
 def pack_int4(values: torch.Tensor) -> torch.Tensor:
@@ -59,9 +63,8 @@ def dequantize_int4(words: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
     Returns:
         `torch.Tensor` of shape `(outputs, inputs)`.
     """
-    values = unpack_int4(words).to(scale.dtype)
-    grouped = values.unflatten(-1, (scale.shape[-1], -1))  # (outputs, groups, group size)
-    return (grouped * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+    grouped = unpack_int4(words).to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))  # (outputs, groups, group size)
+    return grouped.mul_(scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,6 +100,36 @@ class _Int4Product(torch.autograd.Function):
     def backward(ctx, grad):
         words, scale = ctx.saved_tensors
         return grad @ dequantize_int4(words, scale, grad.dtype), None, None
+
+
+class CpuInt4:
+    """A weight in the layout of PyTorch's own INT4 product for CPUs: for few rows, bounded by reading the words.
+
+    Args:
+        words, scale: as [`dequantize_int4`] takes them; outputs a multiple of 16, inputs of the group size, which must
+            be 32, 64, 128 or 256 (see `fits`).
+    """
+
+    GROUP_SIZES = (32, 64, 128, 256)
+
+    def __init__(self, words: torch.Tensor, scale: torch.Tensor):
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(stored_int4(words).to(torch.int32), 1)
+        # The product computes (stored - 8) * scale + zero: our zero is the 8 itself.
+        scale = scale.transpose(0, 1)  # (groups, outputs)
+        self.scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1).contiguous()
+        self.group_size = words.shape[1] * VALUES_PER_WORD // scale.shape[0]
+
+    @classmethod
+    def fits(cls, outputs: int, group_size: int) -> bool:
+        return outputs % 16 == 0 and group_size in cls.GROUP_SIZES
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scale_and_zero.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ weight.T`, `(rows, inputs)` bfloat16 → `(rows, outputs)` bfloat16."""
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scale_and_zero)
 
 
 class KeepDtype(nn.Module):
