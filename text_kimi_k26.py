@@ -109,7 +109,19 @@ class AttentionSpan:
             self.given = attention_mask
         elif attention_mask is not None:
             self.padding = attention_mask.to(torch.bool)
-        self._whole = {}
+        self._whole, self._elsewhere = {}, {}
+
+    def to(self, device, non_blocking: bool = False) -> "AttentionSpan":
+        """The same on another device: with layers on several, the library moves what a layer is given by its `to`."""
+        device = torch.device(device)
+        if device == self.query_index.device:
+            return self
+        if device not in self._elsewhere:
+            mask = self.padding if self.given is None else self.given
+            moved = (t if t is None else t.to(device, non_blocking=non_blocking) for t in (mask, self.documents))
+            query_index = self.query_index.to(device, non_blocking=non_blocking)
+            self._elsewhere[device] = AttentionSpan(query_index, self.first, *moved)
+        return self._elsewhere[device]
 
     def is_causal(self, keys: int) -> bool:
         """Whether the whole pattern is: the last queries of `keys` tokens, each seeing all up to itself."""
