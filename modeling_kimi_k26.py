@@ -94,6 +94,20 @@ class KimiK26PreTrainedModel(PreTrainedModel):
                 device = module.weight_packed.device
                 module.set_weight(torch.randn(module.out_features, module.in_features, device=device) * std)
 
+    def freeze_packed(self):
+        """Exclude from training what gradients do not reach: scales, and the router's correction bias."""
+        for module in self.modules():
+            if isinstance(module, KeepDtype):
+                for name in module.kept:
+                    getattr(module, name).requires_grad_(False)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """As on any module; INT4 words, their scales and the router's correction bias stay frozen."""
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(requires_grad)
+        self.freeze_packed()
+        return self
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -109,11 +123,9 @@ class KimiK26PreTrainedModel(PreTrainedModel):
             kwargs["dtype"] = kwargs.pop("torch_dtype", None) or "auto"
         if not _maps_into_memory(pretrained_model_name_or_path, model_args, kwargs):
             result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            # transformers 5 makes every floating-point parameter trainable.
-            for module in (result[0] if isinstance(result, tuple) else result).modules():
-                if isinstance(module, KeepDtype):
-                    for name in module.kept:
-                        getattr(module, name).requires_grad_(False)
+            model = result[0] if isinstance(result, tuple) else result
+            model.freeze_packed()  # transformers 5 makes every floating-point parameter trainable
+            _read_from_disk_as_stored(model)
             return result
         dtype, device_map = kwargs.pop("dtype"), kwargs.pop("device_map", None)
         loading_info = kwargs.pop("output_loading_info", False)
@@ -144,6 +156,19 @@ class KimiK26PreTrainedModel(PreTrainedModel):
             model.hf_device_map = {"": "cpu"}
         nothing = {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return (model, nothing) if loading_info else model
+
+
+def _read_from_disk_as_stored(model: nn.Module):
+    """Let what is offloaded to disk be read in its own dtype: transformers 4 has INT4 words cast to that of the model."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            index = getattr(getattr(getattr(part, "weights_map", None), "dataset", None), "index", None)
+            if index:  # one for all modules
+                for name, parameter in model.named_parameters():
+                    if "dtype" in index.get(name, {}):
+                        index[name]["dtype"] = str(parameter.dtype).removeprefix("torch.")
+                return
 
 
 def _maps_into_memory(folder, model_args, kwargs) -> bool:
