@@ -10,8 +10,10 @@ import json
 import math
 import mmap
 import os
+import re
 import struct
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -24,6 +26,9 @@ INDEX_FILE = "model.safetensors.index.json"
 # The safetensors format: https://github.com/huggingface/safetensors#format
 HEADER_LENGTH = struct.Struct("<Q")
 MAX_HEADER = 100_000_000
+FORMATS = ("pt", "mlx")  # what `__metadata__` may say the tensors were written for
+SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
+FEW = 8  # findings of one kind are given one by one up to so many, else as one
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,6 +66,68 @@ class CheckpointError(ValueError):
         super().__init__("\n".join([f"the checkpoint in {folder} is damaged or does not fit its config:", *lines]))
 
 
+_TWICE = object()  # the key under which `read_json` notes the names that an object has more than once
+
+
+def read_json(text: bytes) -> dict:
+    """A JSON object; names that are listed twice in it, or in an object of it, are under the key `_TWICE` there.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
+
+    def build(pairs):
+        built = dict(pairs)
+        if len(built) < len(pairs):
+            built[_TWICE] = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        return built
+
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=build)
+    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 and endless numbers are ValueErrors too
+        raise ValueError(f"is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"is not an object but a {type(content).__name__}")
+    return content
+
+
+def names_twice(content) -> list[str]:
+    """The names that objects inside the result of [`read_json`] have more than once; they are taken out of it."""
+    if isinstance(content, list):
+        return [name for part in content for name in names_twice(part)]
+    if not isinstance(content, dict):
+        return []
+    return content.pop(_TWICE, []) + [name for part in content.values() for name in names_twice(part)]
+
+
+def _together(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Tensors that the same thing is wrong with, as (name, what to add to the problem): many become one."""
+    names = list(names)
+    if len(names) <= FEW:
+        yield from ((name, "") for name in names)
+    else:
+        yield names[0], f", and {len(names) - 1} more tensors alike"
+
+
+def _by_module(names: set[str], others: set[str]) -> Iterator[tuple[str, int, str]]:
+    """Tensors by the largest module of which all tensors are among them: (first name, how many more, module).
+
+    Args:
+        names: of the tensors.
+        others: names of tensors that are not among them, which divide them into modules.
+    """
+    shared = {name[:end] for name in others for end in _dots(name)} if names else set()
+    groups = defaultdict(list)
+    for name in sorted(names):
+        groups[next((name[:end] for end in _dots(name) if name[:end] not in shared), name)].append(name)
+    for module, group in groups.items():
+        yield group[0], len(group) - 1, module
+
+
+def _dots(name: str) -> list[int]:
+    return [at for at, letter in enumerate(name) if letter == "."]
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor's place: dtype, shape, and the bytes `begin … end` of the shard's data."""
@@ -78,6 +145,7 @@ class Shard:
         self.path, self.name = path, path.name
         self.entries: dict[str, Entry] = {}
         self.findings: list[Finding] = []
+        self.in_place = False  # whether every tensor lies where it should, so that its bytes can be judged
         self._bytes = None
         try:
             self._read_header()
@@ -97,33 +165,34 @@ class Shard:
             self.data_begin = HEADER_LENGTH.size + length
             if length > MAX_HEADER or self.data_begin > size:
                 raise ValueError(f"the header says it is {length} bytes long, in a file of {size}")
-            try:
-                header = json.loads(file.read(length), object_pairs_hook=self._unique)
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"the header is not valid JSON: {error}") from None
+            text = file.read(length)
         self.size = size
-        if not isinstance(header, dict):
-            raise ValueError(f"the header is not an object but a {type(header).__name__}")
+        if not text.startswith(b"{"):
+            raise ValueError(f"the header is not valid JSON: it begins with {text[:8]!r}")
+        try:
+            header = read_json(text)
+        except ValueError as error:
+            raise ValueError(f"the header {error}") from None
+        for name in header.pop(_TWICE, ()):
+            self._report(name, "is listed twice in the header")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             self._report("__metadata__", "must be an object of strings")
+        elif metadata.get("format", FORMATS[0]) not in FORMATS:
+            self._report("__metadata__", f"says format {metadata['format']!r}; known are {', '.join(FORMATS)}")
         for name, fields in header.items():
             entry = self._entry(name, fields)
             if entry is not None:
                 self.entries[name] = entry
         self._check_places(size - self.data_begin)
 
-    def _unique(self, pairs):
-        names = [name for name, _ in pairs]
-        for name in {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ():
-            self._report(name, "is listed twice in the header")
-        return dict(pairs)
-
     def _entry(self, name, fields) -> Optional[Entry]:
         if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
             return self._report(name, "must have dtype, shape and data_offsets in the header")
+        for key in fields.get(_TWICE, ()):
+            self._report(name, f"has {key} twice in the header")
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             return self._report(name, f"has dtype {dtype!r}; known are {', '.join(DTYPES)}")
         for key, value, count in (("shape", shape, None), ("data_offsets", offsets, 2)):
             whole = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
@@ -137,18 +206,52 @@ class Shard:
 
     def _check_places(self, available: int):
         """Tensors must lie side by side, without gap or overlap, and fill the file."""
-        at, before = 0, None
+        whole = not self.findings  # else what is missing from the header leaves gaps of its own
+        at, before, behind = 0, None, []
         for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
             if entry.begin < at:
                 self._report(name, f"begins at byte {entry.begin}, inside {before} (which ends at {at})")
-            elif entry.begin > at and not self.findings:
+            elif entry.begin > at and whole and not self.findings:
                 self._report(name, f"begins at byte {entry.begin}, but the data before it ends at {at}")
             if entry.end > available:
-                self._report(name, f"ends at byte {entry.end}, but the file holds {available} bytes of data")
+                behind.append(name)
             if entry.end >= at:
                 at, before = entry.end, name
-        if at < available and not self.findings:
+        if behind:
+            more = f", and {len(behind) - 1} more tensors lie behind it" if len(behind) > 1 else ""
+            end = self.entries[behind[0]].end
+            self._report(behind[0], f"ends at byte {end}, but the file holds {available} bytes of data{more}")
+        elif at < available and whole and not self.findings:
             self._report(None, f"holds {available - at} bytes behind its last tensor")
+        self.in_place = whole and not self.findings
+
+    def bytes_of(self, name: str, chunk: int) -> Iterator[bytearray]:
+        """The bytes of a tensor, `chunk` at a time, in one buffer that is used again; nothing stays mapped.
+
+        Raises:
+            OSError: the file cannot be read to the tensor's end.
+        """
+        entry = self.entries[name]
+        buffer = bytearray(min(chunk, entry.end - entry.begin))
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.data_begin + entry.begin)
+            for begin in range(entry.begin, entry.end, chunk):
+                view = memoryview(buffer)[: min(chunk, entry.end - begin)]
+                done = 0
+                while done < len(view):
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise OSError(f"{self.path}: {name}: the file ends inside it")
+                    done += count
+                yield view
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in memory of its own; nothing stays mapped."""
+        entry = self.entries[name]
+        raw = b"".join(self.bytes_of(name, max(1, entry.end - entry.begin)))
+        if not raw:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.frombuffer(bytearray(raw), dtype=entry.dtype).view(entry.shape)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as a view of the memory-mapped file: private, so that writing to it leaves the file as it is."""
@@ -171,6 +274,8 @@ class Checkpoint:
     Attributes:
         shards (`list[Shard]`), where (`dict[str, Shard]`): all files; the file of each tensor.
         findings (`list[Finding]`): what is wrong with the files themselves and with the index.
+        leftovers (`list[Finding]`): files that look like weights and are no part of the checkpoint. They do not
+            hinder loading: the library's `save_pretrained` leaves an old index behind.
 
     Raises:
         FileNotFoundError: when the folder has neither of the two files.
@@ -179,71 +284,105 @@ class Checkpoint:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.findings: list[Finding] = []
-        index = None
-        if (self.folder / SINGLE_FILE).is_file():  # goes before an index, as in the library
-            names = [SINGLE_FILE]
-        elif (self.folder / INDEX_FILE).is_file():
-            index = self._read_index()
-            names = sorted(set(index.values()))
-        else:
-            raise FileNotFoundError(f"{self.folder} has neither {INDEX_FILE} nor {SINGLE_FILE}")
+        self.leftovers: list[Finding] = []
+        index, names = self._choose_files()
         self.shards = []
         for name in names:
-            if (self.folder / name).is_file():
-                self.shards.append(Shard(self.folder / name))
+            path = self.folder / name
+            if path.is_file():
+                self.shards.append(Shard(path))
             else:
-                self.findings.append(Finding(name, None, f"is missing, though {INDEX_FILE} names it"))
+                what = "a folder" if path.is_dir() else "a link to nothing" if path.is_symlink() else "missing"
+                whence = f", though {INDEX_FILE} names it" if index else ""
+                self.findings.append(Finding(name, None, f"is {what}{whence}"))
         self.where: dict[str, Shard] = {}
+        twice = defaultdict(list)
         for shard in self.shards:
             self.findings += shard.findings
             for name in shard.entries:
-                if name in self.where:
-                    self.findings.append(Finding(shard.name, name, f"is in {self.where[name].name} as well"))
-                self.where.setdefault(name, shard)
-        if index is not None:
-            self._check_index(index)
-        # Tensors that are missed for a reason already given.
-        broken = {finding.file for finding in self.findings if finding.tensor is None}
+                if self.where.setdefault(name, shard) is not shard:
+                    twice[shard.name, self.where[name].name].append(name)
+        for (file, other), names in twice.items():
+            self._report_all(file, names, f"is in {other} as well")
+        # Files whose content is not known, and tensors that are missed for a reason already given.
+        self._listed = index is not None
+        self._broken = {finding.file for finding in self.findings if finding.tensor is None}
         self._explained = {finding.tensor for finding in self.findings}
-        self._explained |= {name for name, file in (index or {}).items() if file in broken}
+        if index:
+            self._explained |= {name for name, file in index.items() if file in self._broken}
+            self._check_index(index)
 
-    def _read_index(self) -> dict[str, str]:
+    def _report_all(self, file, names, problem):
+        self.findings += [Finding(file, name, problem + more) for name, more in _together(names)]
+
+    def _choose_files(self) -> tuple[Optional[dict[str, str]], list[str]]:
+        """The index (`None` where it does not count) and the names of the shards."""
+        single, index = (os.path.lexists(self.folder / name) for name in (SINGLE_FILE, INDEX_FILE))
+        if not single and not index:
+            raise FileNotFoundError(f"{self.folder} has neither {INDEX_FILE} nor {SINGLE_FILE}")
+        shards = sorted(path.name for path in self.folder.iterdir() if SHARD_NAME.fullmatch(path.name))
+        weight_map = self._read_index() if index else None
+        if single and not (weight_map and set(weight_map.values()) == {SINGLE_FILE}):
+            # The single file goes before an index, as in the library.
+            if index:
+                problem = f"stands beside {SINGLE_FILE}, which goes before it, but names other files"
+                both = any((self.folder / name).exists() for name in (weight_map or {}).values())
+                (self.findings if both else self.leftovers).append(Finding(INDEX_FILE, None, problem))
+            return None, [SINGLE_FILE]
+        names = sorted(set(weight_map.values())) if weight_map else shards
+        for name in shards:
+            if name not in names:
+                self.leftovers.append(Finding(name, None, f"is not named in {INDEX_FILE}"))
+        return weight_map, names
+
+    def _read_index(self) -> Optional[dict[str, str]]:
+        def wrong(problem, name=None):
+            self.findings.append(Finding(INDEX_FILE, name, problem))
+
         try:
-            content = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            self.findings.append(Finding(INDEX_FILE, None, f"is not valid JSON: {error}"))
-            return {}
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+            content = read_json((self.folder / INDEX_FILE).read_bytes())
+        except (OSError, ValueError) as error:
+            return wrong(str(error))
+        for name in names_twice(content):
+            wrong("is listed twice", name)
+        metadata, weight_map = content.get("metadata"), content.get("weight_map")
+        if not isinstance(metadata, dict) or "total_size" not in metadata:
+            wrong("must have metadata, an object with total_size")
+            metadata = {}
+        self._total_size = metadata.get("total_size")
         if not isinstance(weight_map, dict) or not weight_map:
-            self.findings.append(Finding(INDEX_FILE, None, "must have a weight_map, an object of tensor → file"))
-            return {}
+            return wrong("must have a weight_map, an object of tensor → file")
         good = {}
         for name, file in weight_map.items():
             if isinstance(file, str) and file and Path(file).name == file:
                 good[name] = file
             else:
-                self.findings.append(Finding(INDEX_FILE, name, f"is mapped to {file!r}, which is no file of the folder"))
-        total = content.get("metadata", {}).get("total_size") if isinstance(content.get("metadata", {}), dict) else None
-        self._total_size = total
+                wrong(f"is mapped to {file!r}, which is no file of the folder", name)
         return good
 
     def _check_index(self, index: dict[str, str]):
-        broken = {finding.file for finding in self.findings if finding.tensor is None}
+        said = Counter(finding.tensor for finding in self.findings if finding.file == INDEX_FILE)
+        entries = {shard.name: shard.entries for shard in self.shards}
+        absent, elsewhere, unlisted = defaultdict(list), defaultdict(list), defaultdict(list)
         for name, file in index.items():
             shard = self.where.get(name)
-            if shard is None and file not in broken:
-                self.findings.append(Finding(INDEX_FILE, name, f"is said to be in {file}, which does not have it"))
-            elif shard is not None and shard.name != file and name not in self._entries_of(file):
-                self.findings.append(Finding(INDEX_FILE, name, f"is said to be in {file}, but is in {shard.name}"))
+            if shard is None and name not in self._explained:
+                absent[file].append(name)
+            elif shard is not None and shard.name != file and name not in entries.get(file, ()):
+                elsewhere[file, shard.name].append(name)
         for name, shard in self.where.items():
-            if name not in index:
-                self.findings.append(Finding(INDEX_FILE, name, f"is in {shard.name}, but not in the index"))
+            if name not in index and name not in said:
+                unlisted[shard.name].append(name)
+        for file, names in absent.items():
+            self._report_all(INDEX_FILE, names, f"is said to be in {file}, which does not have it")
+            self._explained.update(names)
+        for (file, other), names in elsewhere.items():
+            self._report_all(INDEX_FILE, names, f"is said to be in {file}, but is in {other}")
+        for file, names in unlisted.items():
+            self._report_all(INDEX_FILE, names, f"is in {file}, but not in the index")
         size = sum(entry.end - entry.begin for shard in self.shards for entry in shard.entries.values())
-        if not self.findings and self._total_size is not None and self._total_size != size:
-            self.findings.append(Finding(INDEX_FILE, None, f"says total_size {self._total_size}; the shards hold {size}"))
-
-    def _entries_of(self, file: str):
-        return next((shard.entries for shard in self.shards if shard.name == file), {})
+        if not self.findings and (type(self._total_size) is not int or self._total_size != size):
+            self.findings.append(Finding(INDEX_FILE, None, f"says total_size {self._total_size!r}; the shards hold {size}"))
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`, memory-mapped (see [`Shard.tensor`])."""
@@ -252,13 +391,14 @@ class Checkpoint:
     def compare(self, model: torch.nn.Module, dtype: Optional[torch.dtype]) -> Iterator[Finding]:
         """Compare names, shapes and dtypes with those of a model (which may be on `meta`).
 
+        What is wrong with many tensors in the same way is one finding, with the first of them.
+
         Args:
             model (`nn.Module`): its parameters have the published names and shapes.
             dtype (`torch.dtype`, *optional*): the config's. A parameter that is no plain weight (integers, and what
                 its module lists in `kept`) has a dtype of its own.
         """
-        missing_from = SINGLE_FILE if (self.folder / SINGLE_FILE).is_file() else INDEX_FILE
-        expected = set()
+        expected, shapes, dtypes = set(), defaultdict(list), defaultdict(list)
         for prefix, module in model.named_modules():
             kept = getattr(module, "kept", ())
             for key, parameter in module._parameters.items():
@@ -267,20 +407,34 @@ class Checkpoint:
                 name = f"{prefix}.{key}"
                 expected.add(name)
                 if name not in self.where:
-                    if name not in self._explained:
-                        yield Finding(missing_from, name, "is missing")
                     continue
-                shard, shape = self.where[name], tuple(parameter.shape)
-                entry = shard.entries[name]
+                entry, shape = self.where[name].entries[name], tuple(parameter.shape)
                 if entry.shape != shape:
-                    yield Finding(shard.name, name, f"has shape {list(entry.shape)}; the config wants {list(shape)}")
+                    problem = f"has shape {list(entry.shape)}; the config wants {list(shape)}"
+                    shapes[re.sub(r"\d+", "*", name), problem].append(name)
                 own = key in kept or not parameter.dtype.is_floating_point
                 wanted = parameter.dtype if own else dtype or entry.dtype
                 if entry.dtype != wanted:
-                    yield Finding(shard.name, name, f"has dtype {_name(entry.dtype)}; the config wants {_name(wanted)}")
-        for name, shard in self.where.items():
-            if name not in expected:
-                yield Finding(shard.name, name, "is in the file, but not in the model of the config")
+                    problem = f"has dtype {_name(entry.dtype)}; the config wants {_name(wanted)}"
+                    dtypes[problem].append(name)
+        packed, wanted = (any(name.endswith(".weight_packed") for name in names) for names in (self.where, expected))
+        if packed != wanted and not self._broken:
+            had, has = ("INT4 words", "no") if packed else ("plain weights", "a")
+            yield Finding("config.json", None, f"has {has} text_config.quantization_config, but the experts are {had}")
+            return
+        missing = expected - self.where.keys() - self._explained
+        if self._broken and not self._listed:  # what the broken file holds is written nowhere else
+            missing = set()
+        file = INDEX_FILE if self._listed else SINGLE_FILE
+        for name, others, module in _by_module(missing, expected - missing):
+            yield Finding(file, name, "is missing" + (f", with the {others} other tensors of {module}" if others else ""))
+        for (_, problem), names in shapes.items():
+            yield from (Finding(self.where[name].name, name, problem + more) for name, more in _together(names))
+        for problem, names in dtypes.items():
+            yield from (Finding(self.where[name].name, name, problem + more) for name, more in _together(names))
+        for name, others, module in _by_module(self.where.keys() - expected, expected):
+            more = f"; so are the {others} other tensors of {module}" if others else ""
+            yield Finding(self.where[name].name, name, f"is in the file, but not in the model of the config{more}")
 
     def fill(self, model: torch.nn.Module, progress=iter):
         """Put the tensors into a model on `meta`, memory-mapped where the dtype is the parameter's, else converted.
