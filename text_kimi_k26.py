@@ -284,17 +284,26 @@ class KimiK26Attention(nn.Module):
         """Attention with the expansion moved into the query and the output; latents are read as they are cached."""
         batch, heads, queries, _ = query.shape
         keys = latent.shape[1]
-        query = torch.cat((query @ to_key, turning_query), dim=-1)  # (batch, heads, queries, rank + rope)
-        key = torch.cat((latent, rotary_key), dim=-1).transpose(1, 2)  # (batch, rank + rope, keys)
+        # One product per head, rows of all the batch together: broadcasting would copy the weights instead.
+        query = torch.bmm(query.transpose(0, 1).flatten(1, 2), to_key)  # (heads, batch * queries, rank)
+        query = query.unflatten(1, (batch, -1)).transpose(0, 1)
         step = queries if output_attentions else max(1, SCORE_BLOCK // (batch * heads * keys))
         outs, all_weights = [], []
         for start in range(0, queries, step):
             stop = min(start + step, queries)
-            scores = query[:, :, start:stop].flatten(1, 2) @ key * self.scaling
+            turned = turning_query[:, :, start:stop].flatten(1, 2) @ rotary_key.transpose(1, 2)
+            scores = torch.baddbmm(  # (batch, heads * step, keys)
+                turned,
+                query[:, :, start:stop].flatten(1, 2),
+                latent.transpose(1, 2),
+                beta=self.scaling,
+                alpha=self.scaling,
+            )
             scores = add_mask(scores.unflatten(1, (heads, -1)), span.rows(start, stop, keys))
             weights = self.dropout(scores.softmax(-1, dtype=at_least_float32(scores.dtype)).to(latent.dtype))
             read = (weights.flatten(1, 2) @ latent).unflatten(1, (heads, -1))  # (batch, heads, step, rank)
-            outs.append(read @ to_value.transpose(1, 2))
+            read = torch.bmm(to_value, read.transpose(0, 1).flatten(1, 2).transpose(1, 2))  # (heads, v_dim, …)
+            outs.append(read.unflatten(-1, (batch, -1)).permute(2, 0, 3, 1))
             all_weights.append(weights)
         out = torch.cat(outs, dim=2).transpose(1, 2)
         return out, all_weights[0] if output_attentions else None
