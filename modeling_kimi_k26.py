@@ -293,6 +293,7 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         past_key_values: Optional[Cache] = None,
         inputs_embeds: Optional[torch.FloatTensor] = None,
         media_features: Optional[torch.FloatTensor] = None,
+        media_index: Optional[torch.LongTensor] = None,
         labels: Optional[torch.LongTensor] = None,
         use_cache: Optional[bool] = None,
         output_attentions: Optional[bool] = None,
@@ -315,6 +316,8 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`).
             media_features (`torch.FloatTensor` of shape `(media tokens, hidden_size)`): what `get_image_features`
                 gives, instead of `pixel_values`.
+            media_index (`torch.LongTensor` of shape `(batch, length)`): the row of `media_features` that takes the place
+                of each token, or -1; by default the media tokens take the rows in order.
             labels (`torch.LongTensor` of shape `(batch, length)`): shifted inside; `config.ignore_index` is skipped.
             logits_to_keep (`int` or `torch.Tensor`): logits of the last so many positions (0: all), or of these.
 
@@ -332,16 +335,19 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if pixel_values is not None and media_features is not None:
             raise ValueError("give pixel_values or media_features, not both")
-        if self.training and self.is_gradient_checkpointing:
+        if self._recomputes_layers:
             use_cache = False
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             media_features = self.get_image_features(pixel_values, grid_thws)
-        if media_features is not None:
+        if media_features is not None and media_index is None:
             where = self.media_positions(input_ids, inputs_embeds)
             inputs_embeds = self.put_media(inputs_embeds, where, media_features)
+        elif media_features is not None:
+            where = media_index >= 0
+            inputs_embeds = self.put_media(inputs_embeds, where, media_features[media_index[where]])
         self._warn_past_the_end(inputs_embeds.shape[1], position_ids, past_key_values)
 
         outputs = self.language_model.model(
@@ -388,37 +394,56 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
                 "that the answers are not to be relied upon."
             )
 
+    @property
+    def _recomputes_layers(self) -> bool:
+        """Whether gradient checkpointing is at work: the layers then write no cache."""
+        return self.training and self.language_model.model.layers[0].gradient_checkpointing
+
     # Generation. Pictures are encoded once, before the first token; `media_index` says which feature stands where, so
     # that a cache, a chunk of the prompt or a beam takes just the features of its own tokens.
 
     @torch.no_grad()
     def generate(self, inputs=None, *args, **kwargs):
         """The library's `generate`, with `pixel_values` and `grid_thws` of the prompt's pictures and clips."""
-        pixel_values, grid_thws = kwargs.get("pixel_values"), kwargs.get("grid_thws")
-        if pixel_values is not None and kwargs.get("assistant_model") is None:
-            kwargs = {key: value for key, value in kwargs.items() if key not in ("pixel_values", "grid_thws")}
-            features = self.get_image_features(pixel_values, grid_thws)
-            ids = inputs if inputs is not None else kwargs.get("input_ids")
-            embeds = kwargs.get("inputs_embeds")
-            where = self.media_positions(ids if embeds is None else None, embeds)
-            if embeds is not None:
-                kwargs["inputs_embeds"] = self.put_media(embeds, where, features)
-            else:
-                kwargs["media_features"] = features
-                kwargs["media_index"] = self._media_index(where, features, kwargs)
+        if self._recomputes_layers:
+            kwargs["use_cache"] = False
+        kwargs = self._encode_media(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
         return super().generate(inputs, *args, **kwargs)
 
-    def _media_index(self, where, features, kwargs) -> torch.Tensor:
+    def _encode_media(self, ids, kwargs: dict) -> dict:
+        """Arguments of `generate` with the media encoded that no cache holds yet, and `media_index` to place them."""
+        kwargs = dict(kwargs)
+        features, pixel_values, grid_thws = (kwargs.pop(k, None) for k in ("media_features", "pixel_values", "grid_thws"))
+        if kwargs.pop("media_index", None) is not None:
+            # Called as the assistant of another model, whose features are not ours; without eyes we read on blindly.
+            features, pixel_values = None, pixel_values if self.vision_tower is not None else None
+        embeds, mask, cache = (kwargs.get(k) for k in ("inputs_embeds", "attention_mask", "past_key_values"))
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if pixel_values is None and features is None:
+            return kwargs
+        where = self.media_positions(ids if embeds is None else None, embeds)
+        if mask is not None and mask.dim() == 2 and mask.shape[1] > where.shape[1]:  # only the new tokens were given
+            where = nn.functional.pad(where, (mask.shape[1] - where.shape[1], 0))
+        if past and not bool(where[:, past:].any()):
+            return kwargs
+        if features is None:
+            features = self.get_image_features(pixel_values, grid_thws)
+        if embeds is not None:
+            kwargs["inputs_embeds"] = self.put_media(embeds, where, features)
+            return kwargs
+        kwargs["media_features"], kwargs["media_index"] = features, self._media_index(where, features, past)
+        if kwargs.get("assistant_model") is not None:  # it encodes them in its own way
+            kwargs["pixel_values"], kwargs["grid_thws"] = pixel_values, grid_thws
+        return kwargs
+
+    def _media_index(self, where, features, past: int) -> torch.Tensor:
         """`(batch, tokens)` int64: the row of `features` that belongs to each token of the whole dialogue, else -1.
 
-        With a cache, `where` may cover the dialogue or only its new tokens, and features all pictures or new ones.
+        With `past` tokens in a cache the features may be those of all pictures, or only of the new ones.
         """
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if mask is not None and mask.dim() == 2 and mask.shape[1] > where.shape[1]:
-            where = nn.functional.pad(where, (mask.shape[1] - where.shape[1], 0))
         total, new = int(where.sum()), where.clone()
-        if cache is not None and total != features.shape[0]:
-            new[:, : int(cache.get_seq_length())] = False
+        if total != features.shape[0]:
+            new[:, :past] = False
         if int(new.sum()) != features.shape[0]:
             raise ValueError(
                 f"the prompt has {total} media tokens (id {self.config.media_placeholder_token_id}), but the pictures "
@@ -428,18 +453,22 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         return index.masked_fill(~new, -1)
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, media_features=None, media_index=None, **kwargs
+        self, input_ids, past_key_values=None, inputs_embeds=None, media_features=None, media_index=None, **kwargs
     ):
-        model_inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if past > 0:
+        if past > 0 or media_index is not None:
             model_inputs.pop("pixel_values", None)
             model_inputs.pop("grid_thws", None)
-        if media_features is not None and past < media_index.shape[1]:
+        if media_index is not None and past < media_index.shape[1]:
             length = model_inputs["input_ids"].shape[1]
             index = media_index[:, past : past + length]
             if bool((index >= 0).any()):
-                model_inputs["media_features"] = media_features[index[index >= 0]]
+                # Tokens that were written or proposed since are words, whatever their id.
+                index = nn.functional.pad(index, (0, length - index.shape[1]), value=-1)
+                model_inputs["media_features"], model_inputs["media_index"] = media_features, index
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, **model_kwargs):
