@@ -467,9 +467,8 @@ class KimiK26TextModel(nn.Module):
             )
         documents = None
         if position_ids is None and padding is not None:
-            # With a mask longer than what came so far (a static cache), the places say which columns are ours.
-            position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)
-            position_ids = position_ids[:, -length:] if isinstance(past, int) else position_ids[:, cache_position]
+            # The mask may be longer than what came so far (a static cache): the places say which columns are ours.
+            position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, cache_position]
         elif position_ids is None:
             position_ids = cache_position.unsqueeze(0)
         elif attention_mask is None and isinstance(past, int) and past == 0:
