@@ -338,12 +338,17 @@ class KimiK26TextConfig(_PublishedConfig):
         )
 
     @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key of one head; the library knows by it that cached keys and values differ in width."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
     def softmax_scale(self) -> float:
         """Scale of the attention scores: `qk_head_dim ** -0.5`, times the square of YaRN's `0.1 m ln(factor) + 1`.
 
         Source: YaRN (arXiv:2309.00071), section 3.4, with `m = mscale_all_dim`.
         """
-        scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
+        scale = self.qk_head_dim**-0.5
         rope = self.rope_scaling or {}
         if rope.get("mscale_all_dim") and rope.get("factor", 1.0) > 1.0:
             scale *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0) ** 2
