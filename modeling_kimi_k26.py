@@ -455,6 +455,12 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, inputs_embeds=None, media_features=None, media_index=None, **kwargs
     ):
+        places, positions = kwargs.get("cache_position"), kwargs.get("position_ids")
+        if places is not None and positions is not None and positions.shape == (1, len(places)):
+            # transformers 4 counts the positions of a prompt's chunk from the start of the padding. Without them it
+            # counts from the mask.
+            if kwargs.get("attention_mask") is not None and torch.equal(positions[0], places):
+                del kwargs["position_ids"]
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
