@@ -6,18 +6,23 @@ do. Nothing is downloaded. `--resume` continues a run that was stopped, with the
 """
 
 import argparse
-import json
 import socket
 from pathlib import Path
 from random import Random
 
 import regex
+import torch
 import torch.multiprocessing
 
+from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor
 from tiny.dialogues import random_case, render
+from tiny.evaluation import evaluate
+from tiny.export import expert_use, plain_model, write_checkpoint
+from tiny.report import draw_curve, table_lines, write_card, write_results
 from tiny.running import STATE, work
 from tiny.vocabulary import learn_ranks, write_tokenizer
 
+TEMPLATE = Path(__file__).resolve().parents[1] / "chat_template.jinja"
 MERGES, CORPUS = 800, 4000  # byte pairs, and the dialogues they are learnt from
 
 
@@ -36,6 +41,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=32, help="dialogues a step, in each process (%(default)s)")
     parser.add_argument("--parts", type=int, default=4, help="batches they are cut into by length (%(default)s)")
     parser.add_argument("--log-every", type=int, default=100, help="steps between lines of progress (%(default)s)")
+    parser.add_argument("--cases", type=int, default=200, help="of each skill in the table (%(default)s)")
+    parser.add_argument("--evaluation-seed", type=int, default=1, help="of those cases (%(default)s)")
     options = parser.parse_args()
     options.until = options.until or options.steps
     with socket.socket() as probe:
@@ -53,12 +60,46 @@ def learn_vocabulary(seed: int) -> dict[bytes, int]:
     return learn_ranks(texts, MERGES)
 
 
+def finish(options: argparse.Namespace, ranks: dict[bytes, int]) -> None:
+    """The checkpoint, the curve and the table, from what training left."""
+    state = torch.load(options.out / STATE, weights_only=False)
+    write_checkpoint(plain_model(state, len(ranks), quantized=True), options.out, TEMPLATE)
+    draw_curve(state["history"], options.out / "curve.png")
+    processor = KimiK26Processor.from_pretrained(options.out)
+    model = KimiK26ForConditionalGeneration.from_pretrained(options.out, dtype="auto").eval()
+    text = model.config.text_config
+    results = {
+        "int4": evaluate(model, processor, options.cases, options.evaluation_seed)[0],
+        "bfloat16": evaluate(
+            plain_model(state, len(ranks), quantized=False), processor, options.cases, options.evaluation_seed
+        )[0],
+        "least_used_expert": expert_use(model, ranks, options.evaluation_seed),
+        "run": {
+            "steps": state["step"],
+            "rows": options.rows * options.workers,
+            "minutes": state["spent"] / 60,
+            "workers": options.workers,
+            "seed": options.seed,
+            "cases": options.cases,
+            "evaluation_seed": options.evaluation_seed,
+            "experts": text.n_routed_experts,
+            "experts_used": text.num_experts_per_tok,
+        },
+    }
+    write_results(results, options.out)
+    write_card(results, options.out)
+    print("\n".join(table_lines(results)))
+    print(f"least used expert: {results['least_used_expert']:.2f} of its fair share")
+
+
 def main() -> None:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
     ranks = learn_vocabulary(options.seed)
     write_tokenizer(options.out, ranks)
     torch.multiprocessing.spawn(work, (options.workers, options, ranks), nprocs=options.workers)
+    if options.until == options.steps:
+        finish(options, ranks)
 
 
 if __name__ == "__main__":

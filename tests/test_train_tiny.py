@@ -1,0 +1,184 @@
+"""The training script's parts: its fast ways give what the published classes give, and a stopped run goes on the same."""
+
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor  # noqa: E402
+from tiny import batches, dialogues, evaluation, export, learning, running, vocabulary  # noqa: E402
+
+TEMPLATE = Path(__file__).resolve().parents[1] / "chat_template.jinja"
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    rng = Random(0)
+    texts = [text for _ in range(150) for text, _ in dialogues.render(dialogues.random_case(rng))]
+    return vocabulary.learn_ranks(texts, 60)
+
+
+@pytest.fixture(scope="module")
+def model(ranks):
+    return running.build(ranks, seed=0)
+
+
+def state_of(model):
+    optimizer = learning.Optimizer(model, 0.02, 0.004, 0.02)
+    biases = [layer.gate.e_score_correction_bias.data.clone() for layer in learning.moe_layers(model)]
+    return {"optimizer": optimizer.state(), "biases": biases}
+
+
+@pytest.fixture(scope="module")
+def folder(model, ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary.write_tokenizer(folder, ranks)
+    export.write_checkpoint(export.plain_model(state_of(model), len(ranks), quantized=True), folder, TEMPLATE)
+    return folder
+
+
+def test_the_vocabulary_reads_numbers_digit_by_digit(ranks):
+    assert not any(len(piece) > 1 and any(chr(byte).isdigit() for byte in piece) for piece in ranks)
+    encoding = vocabulary.encoding(ranks)
+    assert len(encoding.encode("9.11")) == 4
+
+
+@pytest.mark.parametrize("make", [maker for maker, _ in dialogues.MIX], ids=lambda maker: maker.__name__)
+def test_training_text_is_what_the_processor_gives(make, ranks, folder):
+    """Ids, patches and grids of every prompt, and the assistant's words after it."""
+    processor, encoding = KimiK26Processor.from_pretrained(folder), vocabulary.encoding(ranks)
+    for seed in range(6):
+        case = make(Random(seed))
+        pieces = dialogues.render(case)
+        assert sum(target for _, target in pieces) == len(case.targets)
+        inputs = evaluation.prompt(processor, evaluation.for_processor(case), case)
+        text = pieces[0][0]
+        assert inputs["input_ids"][0].tolist() == encoding.encode(text, allowed_special="all")
+        clips = [clip for item in case.media for clip in batches.media_clips(item)]
+        assert [list(grid) for grid, _ in clips] == inputs.get("grid_thws", torch.empty(0, 3)).tolist()
+        if clips:
+            patches = torch.cat([torch.from_numpy(patches) for _, patches in clips]).float() / 127.5 - 1
+            torch.testing.assert_close(patches, inputs["pixel_values"].flatten(1), atol=1e-5, rtol=0)
+        ids, labels = batches.encode(encoding, case)
+        told = encoding.decode([label for label in labels if label >= 0])
+        assert told == "".join(text for text, target in pieces if target)
+        assert len(ids) == len(labels)
+
+
+def test_tool_talk_is_what_the_processor_gives_after_the_result(ranks, folder):
+    processor, encoding = KimiK26Processor.from_pretrained(folder), vocabulary.encoding(ranks)
+    for seed in range(6):
+        case = dialogues.use_tool(Random(seed))
+        whole = "".join(text for text, _ in dialogues.render(case)[:-1])
+        inputs = processor.apply_chat_template(
+            case.messages[:-1], tools=case.tools, thinking=case.thinking, tokenize=True, return_dict=True
+        )
+        assert encoding.decode(inputs["input_ids"][0]) == whole
+
+
+def test_the_training_forward_pass_is_the_models_own(model, ranks, folder):
+    """Stacked experts, grouped clips and float32 attention against the published class, row by row."""
+    plain = export.plain_model(state_of(model), len(ranks), quantized=False).float()
+    trained = model.float()
+    (batch,) = batches.make_batches(vocabulary.encoding(ranks), 0, 0, 0, rows=10, parts=1)
+    logits, labels, rows, _ = learning.forward(trained, batch, len(ranks) + 21, len(ranks) + 255)
+    start = 0
+    for row, ids in enumerate(batch.ids):
+        real = ids[ids != len(ranks) + 255].unsqueeze(0)
+        clips = sorted(
+            (first, grid, patches)
+            for grid, (pixels, firsts) in batch.clips.items()
+            for first, patches in zip(firsts, pixels)
+        )
+        tokens = int((real == len(ranks) + 21).sum())
+        own = [clip for clip in clips if start <= clip[0] < start + tokens]
+        start += tokens
+        media = {}
+        if own:
+            pixels = torch.cat([patches for _, _, patches in own]).view(-1, 3, 14, 14).float() / 127.5 - 1
+            media = {"pixel_values": pixels, "grid_thws": torch.tensor([grid for _, grid, _ in own])}
+        with torch.no_grad():
+            expected = plain(input_ids=real, **media).logits[0][batch.labels[row, : real.shape[1]] >= 0]
+        torch.testing.assert_close(logits[rows == row], expected, atol=2e-3, rtol=1e-3)
+    model.to(torch.bfloat16)
+
+
+def test_the_int4_file_holds_the_weights_that_were_trained(model, ranks, folder):
+    """With `int4` set, training multiplies by exactly what the words in the checkpoint stand for."""
+    optimizer = learning.Optimizer(model, 0.02, 0.004, 0.02)
+    optimizer.int4 = True
+    optimizer.publish()
+    loaded = KimiK26ForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    for mine, theirs in zip(learning.moe_layers(model), learning.moe_layers(loaded)):
+        for at, expert in enumerate(theirs.experts):
+            assert torch.equal(expert.gate_proj.dequantize(torch.bfloat16), mine.experts.gate[at])
+            assert torch.equal(expert.down_proj.dequantize(torch.bfloat16), mine.experts.down[at])
+    optimizer.int4 = False
+    optimizer.publish()
+
+
+def test_a_batch_depends_on_seed_and_step_alone(ranks):
+    encoding = vocabulary.encoding(ranks)
+    for step in (0, 7):
+        first, again = (batches.make_batches(encoding, 3, step, 1, rows=4, parts=1)[0] for _ in range(2))
+        assert torch.equal(first.ids, again.ids) and torch.equal(first.labels, again.labels)
+        for grid in first.clips:
+            assert torch.equal(first.clips[grid][0], again.clips[grid][0])
+    other = batches.make_batches(encoding, 3, 8, 1, rows=4, parts=1)[0]
+    assert first.ids.shape != other.ids.shape or not torch.equal(first.ids, other.ids)
+
+
+@pytest.mark.parametrize(
+    "first, second, steps, bigger",
+    [
+        ("9.11", "9.9", "9 = 9. 11, 90: 1 < 9.", "9.9"),
+        ("12.5", "9.75", "12 > 9.", "12.5"),
+        ("3.140", "3.14", "3 = 3. 140, 140: 1 = 1, 4 = 4, 0 = 0.", None),
+        ("0.12", "0.119", "0 = 0. 120, 119: 1 = 1, 2 > 1.", "0.12"),
+    ],
+)
+def test_the_steps_of_a_comparison(first, second, steps, bigger):
+    assert dialogues.compare_steps(first, second, False) == (steps, bigger)
+
+
+def test_the_judge_accepts_the_right_answer_and_no_other():
+    for make, _ in dialogues.MIX:
+        for seed in range(30):
+            case = make(Random(seed))
+            if case.expect is None or "name" in case.expect or "off" in case.tags:
+                continue
+            assert evaluation.judge(case, case.messages[-1]["content"]), case
+            assert not evaluation.judge(case, "I do not know, perhaps 77777."), case
+
+
+def test_a_model_that_answers_right_is_scored_so(folder, monkeypatch):
+    """The whole evaluation with a reply that is always the right one, tool talks of two turns included."""
+    processor = KimiK26Processor.from_pretrained(folder)
+    for skill in evaluation.SKILLS:
+        cases = [evaluation.SKILLS[skill](Random(seed)) for seed in range(3)]
+        told = []
+        for case in cases:
+            words = [text for text, target in dialogues.render(case) if target]
+            told.append([text.removesuffix("<|im_end|>") for text in words])
+        turns = iter(range(2))
+        monkeypatch.setattr(evaluation, "generate", lambda *_: [words[next_turn] for words in told] if (next_turn := next(turns)) or True else None)
+        right = [one for one, _ in evaluation.answer(None, processor, cases)]
+        assert right == [not skill.startswith("not kept")] * 3, skill
+
+
+def test_balance_loss_is_one_when_experts_share_alike():
+    logits = torch.eye(4).repeat(8, 1) * 5  # each expert is the choice of a quarter of the tokens
+    assert learning.balance_loss([logits], 1).item() == pytest.approx(1.0, abs=1e-5)
+    lopsided = torch.zeros(32, 4)
+    lopsided[:, 0] = 5
+    assert learning.balance_loss([lopsided], 1).item() > 1.2
+
+
+def test_orthogonal_directions_have_singular_values_near_one():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(learning.orthogonal(torch.randn(3, 24, 16)).float())
+    assert values.min() > 0.4 and values.max() < 1.4
