@@ -19,8 +19,12 @@ from .checkpoint_kimi_k26 import INDEX_FILE, SINGLE_FILE, Checkpoint, Checkpoint
 from .configuration_kimi_k26 import KimiK26Config
 from .experts_kimi_k26 import KimiK26Router
 from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
+from .soundness_kimi_k26 import findings_at_load
 from .text_kimi_k26 import KimiK26LanguageModel, KimiK26RMSNorm
 from .vision_kimi_k26 import KimiK26PositionTable, KimiK26Projector, KimiK26VisionTower
+
+# Not used here: version 4 of the library copies from a local folder only what the entry modules import themselves.
+from .vocabulary_kimi import read_ranks  # noqa: F401
 
 
 try:  # transformers 5: the same functions, which leave alone what a checkpoint has filled
@@ -122,6 +126,7 @@ class KimiK26PreTrainedModel(PreTrainedModel):
         if "dtype" not in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype", None) or "auto"
         if not _maps_into_memory(pretrained_model_name_or_path, model_args, kwargs):
+            _refuse_damage(cls, pretrained_model_name_or_path, kwargs)
             result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model = result[0] if isinstance(result, tuple) else result
             model.freeze_packed()  # transformers 5 makes every floating-point parameter trainable
@@ -145,7 +150,7 @@ class KimiK26PreTrainedModel(PreTrainedModel):
                 part.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         with _built_on_meta(config.dtype or torch.float32):
             model = cls(config, **kwargs)
-        findings = checkpoint.findings + list(checkpoint.compare(model, stored))
+        findings = findings_at_load(checkpoint, model, stored)
         if findings:
             raise CheckpointError(pretrained_model_name_or_path, findings)
         checkpoint.fill(model, lambda modules: logging.tqdm(modules, desc="Loading weights", unit=" modules"))
@@ -169,6 +174,28 @@ def _read_from_disk_as_stored(model: nn.Module):
                     if "dtype" in index.get(name, {}):
                         index[name]["dtype"] = str(parameter.dtype).removeprefix("torch.")
                 return
+
+
+def _refuse_damage(cls, folder, kwargs):
+    """Judge a folder that the library is to load, which itself makes up what is missing.
+
+    Left out where the caller asks for other files, another config, or for mismatches to be ignored.
+    """
+    other = ("state_dict", "subfolder", "variant", "gguf_file", "ignore_mismatched_sizes", "text_config", "vision_config")
+    folder = Path(folder) if folder is not None and os.path.isdir(folder) else None
+    if folder is None or any(kwargs.get(key) for key in other) or kwargs.get("use_safetensors") is False:
+        return
+    if not any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
+        return
+    config = kwargs.get("config")
+    if not isinstance(config, KimiK26Config):
+        config = KimiK26Config.from_pretrained(folder if config is None else config)
+    stored = _stored_dtype(folder)
+    with _built_on_meta(stored or torch.float32):
+        model = cls(copy.deepcopy(config))
+    findings = findings_at_load(Checkpoint(folder), model, stored)
+    if findings:
+        raise CheckpointError(folder, findings)
 
 
 def _maps_into_memory(folder, model_args, kwargs) -> bool:
