@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "attach": "put this project's code into a downloaded checkpoint folder, or take it out again",
+    "check": "judge every file of a checkpoint folder without loading it",
     "demo": "build a small random checkpoint and show it a picture and a video",
 }
 
