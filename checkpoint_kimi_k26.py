@@ -458,17 +458,21 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def release(parameter: torch.Tensor):
-    """Give back the memory of a memory-mapped parameter; it is read from its file again when it is next used.
+def release(*modules: torch.nn.Module):
+    """Give back the memory of memory-mapped parameters; they are read from their files again when they are next used.
 
-    Does nothing for a tensor that lies elsewhere or has been written to since it was mapped.
+    Leaves alone what lies elsewhere or has been written to since it was mapped.
     """
-    if getattr(parameter, "as_in_file", None) != parameter._version or not hasattr(mmap, "MADV_DONTNEED"):
+    if not hasattr(mmap, "MADV_DONTNEED"):
         return
-    first = -(-parameter.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: the others have neighbours
-    last = (parameter.data_ptr() + parameter.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first:
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED))
+    for module in modules:
+        for parameter in module.parameters():
+            if getattr(parameter, "as_in_file", None) != parameter._version:
+                continue
+            first = -(-parameter.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: the others have neighbours
+            last = (parameter.data_ptr() + parameter.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
 @functools.cache

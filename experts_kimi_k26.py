@@ -214,19 +214,13 @@ class KimiK26Experts(nn.ModuleList):
             return self.store.get((id(self), number), stamp, lambda: self._prepare(expert))(x)
         out = expert(x)
         if own:
-            self._release(expert)
+            release(expert)
         return out
 
     def _prepare(self, expert: KimiK26MLP) -> CpuExpert:
         prepared = CpuExpert(expert)
-        self._release(expert)
+        release(expert)  # the words have served
         return prepared
-
-    @staticmethod
-    def _release(expert: KimiK26MLP):
-        for projection in (expert.gate_proj, expert.up_proj, expert.down_proj):
-            release(projection.weight_packed)
-            release(projection.weight_scale)
 
 
 class KimiK26MoE(nn.Module):

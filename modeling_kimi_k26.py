@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
+import psutil
 import torch
+from accelerate.utils import convert_file_size_to_int
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, logging
 
-from .checkpoint_kimi_k26 import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError
+from .checkpoint_kimi_k26 import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, release
 from .configuration_kimi_k26 import KimiK26Config
-from .experts_kimi_k26 import KimiK26Router
+from .experts_kimi_k26 import ExpertStore, KimiK26Router
 from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
 from .soundness_kimi_k26 import findings_at_load
 from .text_kimi_k26 import KimiK26LanguageModel, KimiK26RMSNorm
@@ -117,28 +120,37 @@ class KimiK26PreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """The library's `from_pretrained`; a folder of safetensors files goes into main memory in seconds, as memory maps.
 
+        In main memory the routed experts are prepared for the CPU as they are used, up to a budget; the rest stays in
+        the files. `model.expert_store` has the budget and the counts.
+
         Args:
             dtype (`str` or `torch.dtype`, *optional*): of the plain weights; the checkpoint's own by default.
+            max_memory (`dict`, *optional*): as in the library; `"cpu"` bounds all weights held in main memory (70 % of
+                what is free by default). What does not fit beside the other layers is read again when it is used.
+            expert_budget (`int` or `str`, *optional*): bytes, or such as `"8GiB"`: bounds the prepared experts alone.
 
         Raises:
             CheckpointError: listing every tensor and file that is damaged or does not fit the config.
         """
         if "dtype" not in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype", None) or "auto"
+        expert_budget = kwargs.pop("expert_budget", None)
         if not _maps_into_memory(pretrained_model_name_or_path, model_args, kwargs):
             _refuse_damage(cls, pretrained_model_name_or_path, kwargs)
             result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model = result[0] if isinstance(result, tuple) else result
             model.freeze_packed()  # transformers 5 makes every floating-point parameter trainable
             _read_from_disk_as_stored(model)
+            model.set_budget(expert_budget=expert_budget)
             return result
         dtype, device_map = kwargs.pop("dtype"), kwargs.pop("device_map", None)
+        max_memory = (kwargs.pop("max_memory", None) or {}).get("cpu")
         loading_info = kwargs.pop("output_loading_info", False)
-        for key in ("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "_from_auto", "adapter_kwargs"):
+        for key in ("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "offload_folder", "_from_auto", "adapter_kwargs"):
             kwargs.pop(key, None)
         attention = kwargs.pop("attn_implementation", None)
         config = kwargs.pop("config", None)
-        if not isinstance(config, KimiK26Config):
+        if not isinstance(config, PretrainedConfig):
             source = pretrained_model_name_or_path if config is None else config
             config, kwargs = KimiK26Config.from_pretrained(source, return_unused_kwargs=True, **kwargs)
         config = copy.deepcopy(config)
@@ -154,6 +166,7 @@ class KimiK26PreTrainedModel(PreTrainedModel):
         if findings:
             raise CheckpointError(pretrained_model_name_or_path, findings)
         checkpoint.fill(model, lambda modules: logging.tqdm(modules, desc="Loading weights", unit=" modules"))
+        model.set_budget(max_memory, expert_budget)
         model.eval()
         if (Path(pretrained_model_name_or_path) / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
@@ -188,7 +201,7 @@ def _refuse_damage(cls, folder, kwargs):
     if not any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
         return
     config = kwargs.get("config")
-    if not isinstance(config, KimiK26Config):
+    if not isinstance(config, PretrainedConfig):
         config = KimiK26Config.from_pretrained(folder if config is None else config)
     stored = _stored_dtype(folder)
     with _built_on_meta(stored or torch.float32):
@@ -201,8 +214,11 @@ def _refuse_damage(cls, folder, kwargs):
 def _maps_into_memory(folder, model_args, kwargs) -> bool:
     """Whether a call of `from_pretrained` asks for no more than a folder's safetensors files in main memory."""
     known = {"config", "dtype", "device_map", "output_loading_info", "attn_implementation", "_from_auto"}
-    known |= {"trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs"}
-    in_memory = kwargs.get("device_map") in (None, "cpu", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")})
+    known |= {"trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "max_memory", "offload_folder"}
+    on_cpu = [None, "cpu", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")}]
+    if not torch.accelerator.is_available():
+        on_cpu += ["auto", "balanced", "balanced_low_0", "sequential"]
+    in_memory = kwargs.get("device_map") in on_cpu
     folder = Path(folder) if folder is not None and os.path.isdir(folder) else None
     return (
         not model_args
@@ -254,8 +270,29 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
             self.vision_tower = KimiK26VisionTower(config.vision_config)
             self.mm_projector = KimiK26Projector(config.vision_config)
         self.language_model = KimiK26LanguageModel(config.text_config)
+        self.expert_store = self.language_model.model.share_store(ExpertStore())
         self.vocab_size = config.text_config.vocab_size
         self.post_init()
+
+    def set_budget(self, memory=None, expert_budget=None):
+        """Bound the weights held in main memory.
+
+        Args:
+            memory (`int` or `str`, *optional*): bytes, or such as `"16GiB"`, of all weights together. Where the layers
+                outside the experts alone take more, they are read from their files at each use, and the experts get
+                half. 70 % of the free memory by default.
+            expert_budget (`int` or `str`, *optional*): bytes of the prepared experts, whatever the others take.
+        """
+        experts = sum(p.nbytes for n, p in self.language_model.named_parameters() if ".experts." in n)
+        others = sum(p.nbytes for p in self.parameters()) - experts
+        if memory is None:
+            memory = int(psutil.virtual_memory().available * 0.7)
+        memory = convert_file_size_to_int(memory)
+        streams = others > memory
+        self.language_model.model.streams = streams
+        self.expert_store.clear()
+        rest = memory // 2 if streams else memory - others
+        self.expert_store.budget = rest if expert_budget is None else convert_file_size_to_int(expert_budget)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
@@ -289,7 +326,10 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
             raise ValueError("pixel_values were given, but this model has no vision part (config.vision_config is null)")
         if grid_thws is None:
             raise ValueError("pixel_values were given without grid_thws")
-        return self.mm_projector(self.vision_tower(pixel_values, grid_thws))
+        features = self.mm_projector(self.vision_tower(pixel_values, grid_thws))
+        if self.language_model.model.streams:
+            release(self.vision_tower, self.mm_projector)
+        return features
 
     def media_positions(self, input_ids: Optional[torch.Tensor], inputs_embeds: Optional[torch.Tensor]) -> torch.Tensor:
         """Where the media tokens stand, `(batch, length)` boolean; from the ids, else from their embedding."""
@@ -391,6 +431,8 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept
         logits = self.language_model.lm_head(outputs.last_hidden_state[:, kept])
+        if self.language_model.model.streams:
+            release(self.get_input_embeddings(), self.language_model.lm_head)
         loss = None
         if labels is not None:
             kwargs.setdefault("ignore_index", config.ignore_index)

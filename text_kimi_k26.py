@@ -18,8 +18,9 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .experts_kimi_k26 import KimiK26MLP, KimiK26MoE, at_least_float32
+from .experts_kimi_k26 import ExpertStore, KimiK26MLP, KimiK26MoE, at_least_float32
 
 
 LATENT_NORM_EPS = 1e-6  # of the two norms inside attention; the config has only the layers' own
@@ -422,6 +423,14 @@ class KimiK26DecoderLayer(GradientCheckpointingLayer):
         return x + out, weights, router_logits
 
 
+    def release(self):
+        """Give back the memory of everything but the routed experts, which have a store of their own."""
+        dense = self.mlp
+        if isinstance(self.mlp, KimiK26MoE):
+            dense = nn.ModuleList(part for name, part in self.mlp.named_children() if name != "experts")
+        release(self.self_attn, dense, self.input_layernorm, self.post_attention_layernorm)
+
+
 class KimiK26TextModel(nn.Module):
     """Embeddings, decoder layers and the final norm."""
 
@@ -432,6 +441,14 @@ class KimiK26TextModel(nn.Module):
         self.layers = nn.ModuleList(KimiK26DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = KimiK26RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = KimiK26RotaryEmbedding(config)
+        self.streams = False  # whether layers give their memory back after use, as they do not all fit
+
+    def share_store(self, store: ExpertStore) -> ExpertStore:
+        """Let the experts of all layers be kept in one store; give it back."""
+        for layer in self.layers:
+            if isinstance(layer.mlp, KimiK26MoE):
+                layer.mlp.experts.store = store
+        return store
 
     def forward(
         self,
@@ -483,6 +500,8 @@ class KimiK26TextModel(nn.Module):
             x, weights, logits = layer(
                 x, rotary, span, past_key_values=past_key_values, output_attentions=output_attentions
             )
+            if self.streams:
+                layer.release()
             hidden_states += (x,) if output_hidden_states else ()
             attentions += (weights,) if output_attentions else ()
             router_logits += (logits,) if output_router_logits and logits is not None else ()
