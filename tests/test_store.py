@@ -1,0 +1,142 @@
+"""Where experts live: the store and its budget, layouts for the CPU, and memory given back to the files."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from kimi_k26 import KimiK26ForConditionalGeneration
+from kimi_k26.checkpoint_kimi_k26 import Checkpoint, release
+from kimi_k26.experts_kimi_k26 import ExpertStore
+
+
+class Layout:
+    def __init__(self, nbytes):
+        self.nbytes = nbytes
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(0))
+
+
+def load(folder, **options):
+    return KimiK26ForConditionalGeneration.from_pretrained(folder, **options)
+
+
+def answer(model, ids):
+    return model.generate(input_ids=ids, do_sample=False, max_new_tokens=12, eos_token_id=None).tolist()
+
+
+def test_the_store_counts_and_keeps_what_fits():
+    store = ExpertStore(budget=100)
+    made = []
+
+    def get(key, size=40):
+        return store.get(key, 0, lambda: made.append(key) or Layout(size))
+
+    get("a"), get("b"), get("a")
+    assert made == ["a", "b"] and (store.hits, store.misses) == (1, 2)
+    assert store.bytes_held == store.bytes_moved == 80
+    get("c")  # asked for once, as often as the coldest: no reason to push it out
+    get("b")
+    assert made == ["a", "b", "c"] and store.hits == 2
+    get("c"), get("c"), get("c")  # more often than the least recently used
+    assert store.bytes_held <= 100
+    before = store.misses
+    get("c")
+    assert store.misses == before
+
+
+def test_a_layout_is_made_again_when_its_tensors_change():
+    store = ExpertStore()
+    first = store.get("a", 1, lambda: Layout(1))
+    assert store.get("a", 1, lambda: Layout(1)) is first
+    assert store.get("a", 2, lambda: Layout(1)) is not first and store.bytes_held == 1
+
+
+def test_counts_fade():
+    store = ExpertStore()
+    for _ in range(store.FORGET_AFTER + 10):
+        store.get("a", 0, lambda: Layout(1))
+    assert store._asked["a"] < store.FORGET_AFTER
+
+
+def test_all_layers_share_one_store_and_copies_have_their_own(tiny_checkpoint, ids):
+    model = load(tiny_checkpoint)
+    expected = answer(model, ids)
+    assert model.expert_store.misses > 0 and model.expert_store.bytes_held > 0
+    other = copy.deepcopy(model)
+    assert other.expert_store is not model.expert_store and other.expert_store.bytes_held == 0
+    stores = {id(layer.mlp.experts.store) for layer in other.language_model.model.layers[1:]}
+    assert stores == {id(other.expert_store)}
+    assert answer(other, ids) == expected
+    assert pickle.loads(pickle.dumps(model.expert_store)).budget == model.expert_store.budget
+
+
+def test_any_budget_gives_the_same_tokens(tiny_checkpoint, ids):
+    model = load(tiny_checkpoint)
+    expected, whole = answer(model, ids), model.expert_store.bytes_held
+    for budget in (0, whole // 4, whole // 2):
+        model.set_budget(expert_budget=budget)
+        assert answer(model, ids) == expected
+        assert model.expert_store.bytes_held <= budget
+        assert model.expert_store.misses > 0
+    small = load(tiny_checkpoint, expert_budget="64KiB")
+    assert small.expert_store.budget == 2**16 and answer(small, ids) == expected
+
+
+def test_memory_too_small_for_the_layers_streams_them(tiny_checkpoint, ids):
+    expected = answer(load(tiny_checkpoint), ids)
+    model = load(tiny_checkpoint, max_memory={"cpu": "200KiB"}, device_map="auto")
+    assert model.language_model.model.streams and model.expert_store.budget == 100 * 2**10
+    assert answer(model, ids) == expected
+    roomy = load(tiny_checkpoint, max_memory={"cpu": "1GiB"})
+    assert not roomy.language_model.model.streams
+
+
+def test_few_rows_on_the_int4_product_are_close_to_the_reference(tiny_checkpoint):
+    model = load(tiny_checkpoint)
+    experts = model.language_model.model.layers[1].mlp.experts
+    for rows in (1, 2, 7, 48, 49):
+        x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
+        with torch.no_grad():
+            reference = experts[3](x).float()
+            got = experts.run(3, x).float()
+        assert (got - reference).norm() <= 0.02 * reference.norm()
+    assert model.expert_store.hits == 3 and model.expert_store.misses == 1  # 49 rows go another way
+
+
+def test_changed_words_are_seen(tiny_checkpoint):
+    model = load(tiny_checkpoint)
+    experts = model.language_model.model.layers[1].mlp.experts
+    x = torch.randn(1, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with torch.no_grad():
+        before = experts.run(0, x)
+        experts[0].down_proj.weight_packed.copy_(experts[1].down_proj.weight_packed)
+        after = experts.run(0, x)
+        reference = experts[0](x)
+    assert not torch.equal(before, after)
+    assert (after.float() - reference.float()).norm() <= 0.02 * reference.float().norm()
+
+
+def test_gradients_take_the_way_that_has_them(tiny_checkpoint):
+    model = load(tiny_checkpoint)
+    experts = model.language_model.model.layers[1].mlp.experts
+    x = torch.randn(2, 128).to(torch.bfloat16).requires_grad_()
+    experts.run(0, x).sum().backward()
+    assert x.grad is not None and model.expert_store.misses == 0
+
+
+def test_released_memory_is_read_again_and_written_memory_stays(tiny_checkpoint):
+    model = load(tiny_checkpoint)
+    checkpoint = Checkpoint(tiny_checkpoint)
+    embedding = model.get_input_embeddings()
+    name = "language_model.model.embed_tokens.weight"
+    release(embedding)
+    assert torch.equal(embedding.weight, checkpoint.tensor(name))
+    with torch.no_grad():
+        embedding.weight[5] = 1.0
+    release(embedding)  # what was written is nowhere else
+    assert bool((embedding.weight[5] == 1.0).all())
