@@ -219,11 +219,12 @@ def _ids_of(file: str, values: dict, content: dict, added: dict[int, str], where
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         own = _text(content.get(key.removesuffix("_id")))
         allowed = [*END_TOKENS, own] if key == "eos_token_id" else [own]
-        wanted = {text: index for index, text in added.items() if text in allowed}
+        wanted = {index: text for index, text in added.items() if text in allowed}
         value = values.get(key)
         for index in value if isinstance(value, list) else [value]:
-            if index is not None and wanted and index not in wanted.values():
-                problem = f"is {index!r}, {added.get(index, 'an unnamed token')} in {TOKENIZER_CONFIG}; expected {wanted}"
+            if index is not None and wanted and index not in wanted:
+                ids = ", ".join(f"{index} {text}" for index, text in wanted.items())
+                problem = f"is {index!r} ({added.get(index, 'an unnamed token')}); {TOKENIZER_CONFIG} has {ids}"
                 findings.append(Finding(file, where + key, problem))
     return findings
 
