@@ -225,7 +225,7 @@ class Shard:
             self._report(None, f"holds {available - at} bytes behind its last tensor")
         self.in_place = whole and not self.findings
 
-    def bytes_of(self, name: str, chunk: int) -> Iterator[bytearray]:
+    def bytes_of(self, name: str, chunk: int) -> Iterator[memoryview]:
         """The bytes of a tensor, `chunk` at a time, in one buffer that is used again; nothing stays mapped.
 
         Raises:
@@ -248,10 +248,10 @@ class Shard:
     def read(self, name: str) -> torch.Tensor:
         """The tensor in memory of its own; nothing stays mapped."""
         entry = self.entries[name]
-        raw = b"".join(self.bytes_of(name, max(1, entry.end - entry.begin)))
-        if not raw:
+        size = entry.end - entry.begin
+        if not size:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        return torch.frombuffer(bytearray(raw), dtype=entry.dtype).view(entry.shape)
+        return torch.frombuffer(next(self.bytes_of(name, size)), dtype=entry.dtype).view(entry.shape)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as a view of the memory-mapped file: private, so that writing to it leaves the file as it is."""

@@ -8,6 +8,7 @@ COMMANDS = {
     "attach": "put this project's code into a downloaded checkpoint folder, or take it out again",
     "check": "judge every file of a checkpoint folder without loading it",
     "demo": "build a small random checkpoint and show it a picture and a video",
+    "quantize": "write a checkpoint with INT4 experts, or an INT4 one with plain weights",
 }
 
 
