@@ -163,8 +163,7 @@ class AttentionSpan:
         key = torch.arange(keys, device=query.device)
         visible = (key <= query)[None, None]
         if self.documents is not None:
-            document = F.pad(self.documents, (0, keys - self.documents.shape[1]), value=-1)  # a static cache is longer
-            same = self.documents[:, start:stop, None] == document[:, None, :]
+            same = self.documents[:, start:stop, None] == self.documents[:, None, :]
             visible = visible & same.unsqueeze(1)
         if self.padding is not None:
             known = F.pad(self.padding, (0, max(0, keys - self.padding.shape[1])), value=True)[:, :keys]
@@ -467,9 +466,11 @@ class KimiK26TextModel(nn.Module):
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`).
             attention_mask: see [`AttentionSpan`].
             position_ids (`torch.Tensor` of shape `(batch or 1, length)`, int64, *optional*): counted from the padding
-                where absent. Without a mask and a past, positions that restart begin a new packed sequence.
+                where absent. Where neither a mask nor a cache is given, positions that restart begin a new packed
+                sequence, as the library has it.
             cache_position (`torch.Tensor` of shape `(length,)`, *optional*): place of the tokens in the cache.
         """
+        may_be_packed = attention_mask is None and past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         length, device = inputs_embeds.shape[1], inputs_embeds.device
@@ -488,7 +489,7 @@ class KimiK26TextModel(nn.Module):
             position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, cache_position]
         elif position_ids is None:
             position_ids = cache_position.unsqueeze(0)
-        elif attention_mask is None and isinstance(past, int) and past == 0:
+        elif may_be_packed:
             documents = packed_documents(position_ids)
         if padding is not None and not torch.compiler.is_compiling() and bool(padding.all()):
             attention_mask = None
