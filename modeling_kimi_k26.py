@@ -546,6 +546,16 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
                 model_inputs["media_features"], model_inputs["media_index"] = media_features, index
         return model_inputs
 
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens=1, **kwargs):
+        before = model_kwargs.get("position_ids")
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
+        )
+        if before is not None and model_kwargs["position_ids"] is before:  # transformers 4 lets them stand still
+            new = torch.arange(1, num_new_tokens + 1, dtype=before.dtype, device=before.device) + before[:, -1:]
+            model_kwargs["position_ids"] = torch.cat((before, new), dim=-1)
+        return model_kwargs
+
     def _expand_inputs_for_generation(self, expand_size=1, **model_kwargs):
         # One row of features is not one row of the batch: the repeated `media_index` points into the same rows.
         features = model_kwargs.pop("media_features", None)
