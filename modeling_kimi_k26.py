@@ -141,7 +141,8 @@ class KimiK26PreTrainedModel(PreTrainedModel):
             model = result[0] if isinstance(result, tuple) else result
             model.freeze_packed()  # transformers 5 makes every floating-point parameter trainable
             _read_from_disk_as_stored(model)
-            model.set_budget(expert_budget=expert_budget)
+            if expert_budget is not None:
+                model.expert_store.budget = convert_file_size_to_int(expert_budget)
             return result
         dtype, device_map = kwargs.pop("dtype"), kwargs.pop("device_map", None)
         max_memory = (kwargs.pop("max_memory", None) or {}).get("cpu")
