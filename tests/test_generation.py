@@ -357,3 +357,20 @@ def test_generation_leaves_training_alone(model):
     made.gradient_checkpointing_enable()
     out = made.generate(ids, **given, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(out, greedy(model, ids, NEW, **given)) and not out.requires_grad
+
+
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@torch.no_grad()
+def test_positions_that_were_given_go_on(model, how):
+    ids, positions = words(1, 9), torch.tensor([[0, 1, 2, 3, 40, 41, 42, 43, 44]])
+    asked = {"return_dict_in_generate": True, "output_logits": True, **how}
+    out = model.generate(ids, position_ids=positions, max_new_tokens=NEW, do_sample=False, **asked)
+    expected, scores = ids, []
+    for step in range(NEW):
+        whole = torch.cat((positions, torch.arange(45, 45 + step).unsqueeze(0)), dim=1)
+        mask = torch.ones_like(expected)
+        logits = model(input_ids=expected, position_ids=whole, attention_mask=mask, use_cache=False).logits
+        expected = torch.cat((expected, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+        scores.append(logits[:, -1])
+    assert torch.equal(out.sequences, expected)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(scores), **NEAR)
