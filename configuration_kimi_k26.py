@@ -415,7 +415,8 @@ class KimiK26Config(_PublishedConfig):
     model_types = ("kimi_k25", "kimi_k26")
     default_architectures = ["KimiK25ForConditionalGeneration"]
     sub_configs = {"text_config": KimiK26TextConfig, "vision_config": KimiK26VisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # What the Trainer does not gather: batches without pictures have no `image_hidden_states`.
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
     where = ""
     # The library would start a quantizer of its own for a top-level block and unpack every word.
     not_attributes = (*_PublishedConfig.not_attributes, "quantization_config")

@@ -76,7 +76,8 @@ def call(name: str, arguments: str, index: int = 0) -> str:
 
 def test_the_tool_loop(run, tiny_checkpoint, monkeypatch):
     processor = KimiK26Processor.from_pretrained(tiny_checkpoint)
-    replies = [call("get_wether", "{}"), call("get_weather", '{"city": "Rome"', 1), call("get_weather", '{"city": "Rome"}', 2)]
+    wrong = [call("get_wether", "{}"), call("get_weather", '{"city": "Rome"', 1)]
+    replies = [*wrong, call("get_weather", '{"city": "Rome"}', 2)]
     script = Scripted(monkeypatch, processor, *replies, "I know.</think>It is sunny.<|im_end|>")
     assert run("tools", tiny_checkpoint, "Rome?").rstrip().endswith("It is sunny.")
     assert "get_weather" in script.prompts[0] and "Rome?<|im_end|>" in script.prompts[0]
