@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor
-from kimi_k26.tests.tiny_models import MEDIA, ON_EXPANDED, ON_LATENTS, force_attention, make_model, media_prompt, words
+from kimi_k26.tests.tiny_models import make_model, words
 
 IGNORED = -100
 FROZEN = ("weight_packed", "weight_scale", "weight_shape", "e_score_correction_bias")
@@ -115,7 +115,10 @@ def test_labels_are_the_assistants_words_alone(processor):
         "I look…<|tool_calls_section_begin|><|tool_call_begin|>functions.look:0<|tool_call_argument_begin|>"
         '{"at": "图"}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
     )
-    spoken = [f"Hm 图.</think>{called}It is red.</think>红色 red.<|im_end|>", "Hello! How can I help you today?<|im_end|>"]
+    spoken = [
+        f"Hm 图.</think>{called}It is red.</think>红色 red.<|im_end|>",
+        "Hello! How can I help you today?<|im_end|>",
+    ]
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
     for side in ("left", "right"):
         batch = processor.apply_chat_template(
