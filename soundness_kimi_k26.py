@@ -141,7 +141,7 @@ def _wrong_scales(scales: torch.Tensor, shard: Shard, words: str) -> Optional[st
 
 
 def check_ids(folder: Path, config: KimiK26Config) -> list[Finding]:
-    """Ids of the tokenizer's and the generation files that the model's vocabulary does not have.
+    """Ids of the tokenizer's and the generation files that the model's vocabulary does not have, or means otherwise.
 
     Files that are absent are passed over, and a tokenizer that is malformed itself: loading it says what is wrong.
     """
@@ -151,6 +151,7 @@ def check_ids(folder: Path, config: KimiK26Config) -> list[Finding]:
         if isinstance(index, int) and not 0 <= index < size:
             findings.append(Finding(file, key, f"is the id {index}, outside text_config.vocab_size ({size})"))
 
+    ranks = None
     try:
         ranks = len(read_ranks(folder / VOCABULARY))
         if ranks + SPECIAL_IDS > size:
@@ -162,6 +163,13 @@ def check_ids(folder: Path, config: KimiK26Config) -> list[Finding]:
         added = added_tokens(read_json((folder / TOKENIZER_CONFIG).read_bytes()))
     except (OSError, ValueError):
         added = {}
+    if ranks is not None and added:
+        if min(added) > ranks:
+            problem = f"begins at the id {min(added)}, but the special ids begin behind the {ranks} tokens of {VOCABULARY}"
+            findings.append(Finding(TOKENIZER_CONFIG, "added_tokens_decoder", problem))
+        for index in sorted(index for index in added if index < ranks):
+            problem = f"has the id {index}, which is a byte pair's of {VOCABULARY}"
+            findings.append(Finding(TOKENIZER_CONFIG, added[index], problem))
     for index, content in added.items():
         beyond(TOKENIZER_CONFIG, content, index)
     pads = [index for index, content in added.items() if content == MEDIA_PAD]

@@ -147,9 +147,9 @@ def _tokenizer(folder: Path, contents: dict) -> list:
     if len(there) < 2:
         absent = {VOCABULARY, TOKENIZER_CONFIG} - set(there)
         return [Finding(name, None, f"is missing, though {there[0]} is there") for name in absent if there]
-    ranks, (content, findings) = None, _object(folder, TOKENIZER_CONFIG)
+    content, findings = _object(folder, TOKENIZER_CONFIG)
     try:
-        ranks = read_ranks(folder / VOCABULARY)
+        read_ranks(folder / VOCABULARY)
     except (OSError, ValueError) as error:
         findings.append(Finding(VOCABULARY, None, str(error).removeprefix(str(folder / VOCABULARY)).lstrip(",: ")))
     if content is None:
@@ -158,8 +158,6 @@ def _tokenizer(folder: Path, contents: dict) -> list:
         added = added_tokens(content)
     except ValueError as error:
         return [*findings, Finding(TOKENIZER_CONFIG, None, str(error))]
-    if ranks is not None:
-        findings += _special_ids(added, len(ranks))
     findings += _names(content, added)
     for file, values in contents.items():
         findings += _ids_of(file, values or {}, content, added)
@@ -167,21 +165,6 @@ def _tokenizer(folder: Path, contents: dict) -> list:
     if isinstance(text_config, dict):
         findings += _ids_of("config.json", text_config, content, added, "text_config.")
     return findings or _loads(folder)
-
-
-def _special_ids(added: dict[int, str], ranks: int) -> list:
-    from ..checkpoint_kimi_k26 import Finding
-    from ..soundness_kimi_k26 import TOKENIZER_CONFIG, VOCABULARY
-
-    first = min(added, default=None)
-    if first == ranks:
-        return []
-    if first is None or first > ranks:
-        begin = f"its {len(added)} ids begin at {first}" if added else "it is empty"
-        problem = f"does not belong to {VOCABULARY}: {begin}, and the first behind the byte pairs is {ranks}"
-        return [Finding(TOKENIZER_CONFIG, "added_tokens_decoder", problem)]
-    low = [index for index in sorted(added) if index < ranks]
-    return [Finding(TOKENIZER_CONFIG, added[i], f"has the id {i}, which is a byte pair's of {VOCABULARY}") for i in low]
 
 
 def _names(content: dict, added: dict[int, str]) -> list:

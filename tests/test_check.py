@@ -311,6 +311,10 @@ DAMAGE = {
         lambda folder: (folder / "tiktoken.model").open("a").write(
             f"{base64.b64encode(b'zzzz').decode()} {len((folder / 'tiktoken.model').read_text().splitlines())}\n"),
         "tiktoken.model", None, "vocab_size"),
+    "ranks cut off": (lambda f: cut_lines(f, 5), "tokenizer_config.json", "added_tokens_decoder", "begins at"),
+    "an id of a byte pair": (
+        edit_json("tokenizer_config.json", lambda c: c["added_tokens_decoder"].update({"7": {"content": "<low>"}})),
+        "tokenizer_config.json", "<low>", "byte pair"),
 }  # fmt: skip
 
 
@@ -339,7 +343,6 @@ SMALL_FILES = {
     "bad base64": (lambda f: edit_line(f, 3, "!!! 3"), "tiktoken.model", None, "line 4", False),
     "a rank twice": (lambda f: edit_line(f, 3, f"{base64.b64encode(b'qqq').decode()} 2"), "tiktoken.model", None, "ranks", False),
     "a token twice": (lambda f: edit_line(f, 3, f"{base64.b64encode(bytes([2])).decode()} 3"), "tiktoken.model", None, "ranks", False),
-    "ranks cut off": (lambda f: cut_lines(f, 5), "tokenizer_config.json", "added_tokens_decoder", "begin at", True),
     "no vocabulary": (lambda f: (f / "tiktoken.model").unlink(), "tiktoken.model", None, "is missing", False),
     "no tokenizer config": (lambda f: (f / "tokenizer_config.json").unlink(), "tokenizer_config.json", None, "is missing", False),
     "config cut off": (lambda f: cut_bytes(f, "tokenizer_config.json"), "tokenizer_config.json", None, "not valid JSON", False),
@@ -349,9 +352,6 @@ SMALL_FILES = {
     "an id no number": (
         edit_json("tokenizer_config.json", lambda c: c["added_tokens_decoder"].update(x={"content": "y"})),
         "tokenizer_config.json", None, "'x'", False),
-    "an id of a byte pair": (
-        edit_json("tokenizer_config.json", lambda c: c["added_tokens_decoder"].update({"7": {"content": "<low>"}})),
-        "tokenizer_config.json", "<low>", "byte pair", True),
     "a token with two ids": (lambda f: rename(f, "<|im_user|>", "<|im_end|>"), "tokenizer_config.json", "<|im_end|>", "ids", False),
     "a token renamed": (lambda f: rename(f, "<|im_user|>", "<|user|>"), "tokenizer_config.json", "<|im_user|>", "missing", True),
     "an unknown pad token": (
@@ -417,6 +417,19 @@ def test_config_damage_that_leaves_no_model(folder):
         assert [finding.file for finding in findings] == ["config.json"] and words in str(findings[0])
     (folder / "config.json").unlink()
     assert [str(finding) for finding in check(folder)[0]] == ["config.json: is missing"]
+
+
+def test_an_index_left_behind_is_told_but_does_not_hinder(folder):
+    model = KimiK26ForConditionalGeneration.from_pretrained(folder)
+    for path in shards(folder):
+        path.unlink()
+    (folder / INDEX_FILE).rename(folder / "index")
+    model.save_pretrained(folder)
+    (folder / "index").rename(folder / INDEX_FILE)
+    assert [f"{f.file}: {f.problem}" for f in check(folder)[0]] == [
+        f"{INDEX_FILE}: stands beside {SINGLE_FILE}, which goes before it, but names other files"
+    ]
+    KimiK26ForConditionalGeneration.from_pretrained(folder)
 
 
 def test_nothing_is_invented(tiny_checkpoint, golden):
