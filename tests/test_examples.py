@@ -20,6 +20,7 @@ SCRIPTS = ("chat", "picture", "video", "thinking", "tools", "batch", "streaming"
 def run(monkeypatch, capsys):
     def run(script: str, *words) -> str:
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        monkeypatch.syspath_prepend(EXAMPLES)  # as `python examples/NAME.py` has it
         runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
         return capsys.readouterr().out
 
@@ -51,6 +52,16 @@ def test_own_pictures_videos_and_questions(run, tiny_checkpoint, short_answers, 
     assert run("chat", tiny_checkpoint, "One?", "Two?").count("> ") == 2
     with pytest.raises(Exception, match="missing.png"):
         run("picture", tiny_checkpoint, tmp_path / "missing.png")
+
+
+def test_an_adapter_is_taught_saved_and_loaded(run, tiny_checkpoint, short_answers, tmp_path):
+    pytest.importorskip("peft", reason="finetune_lora.py takes the extra `train`")
+    out = tmp_path / "adapter"
+    few = ("--steps", 2, "--rows", 3, "--cases", 4)
+    printed = run("finetune_lora", tiny_checkpoint, "--out", out, *few)
+    assert (out / "adapter_model.safetensors").is_file() and (out / "adapter_config.json").is_file()
+    assert "before: 0 % right" in printed and "after:  0 % right" in printed
+    assert "loaded on a fresh base: 0 % right, logits apart by 0e+00 at most" in printed
 
 
 class Scripted:
