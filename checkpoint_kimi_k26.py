@@ -254,12 +254,18 @@ class Shard:
         return torch.frombuffer(next(self.bytes_of(name, size)), dtype=entry.dtype).view(entry.shape)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as a view of the memory-mapped file: private, so that writing to it leaves the file as it is."""
+        """The tensor as a view of the memory-mapped file: private, so that writing to it leaves the file as it is.
+
+        Each tensor has a storage of its own, by which the library's saver tells tensors that share memory.
+        """
         entry = self.entries[name]
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=entry.dtype)
         if self._bytes is None:
-            self._bytes = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+            with open(self.path, "rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         first = self.data_begin + entry.begin
-        raw = self._bytes[first : self.data_begin + entry.end]
+        raw = torch.frombuffer(self._bytes, dtype=torch.uint8, count=entry.end - entry.begin, offset=first)
         if first % entry.dtype.itemsize:  # no view can begin between two elements
             raw = raw.clone()
         return raw.view(entry.dtype).view(entry.shape)
@@ -274,8 +280,9 @@ class Checkpoint:
     Attributes:
         shards (`list[Shard]`), where (`dict[str, Shard]`): all files; the file of each tensor.
         findings (`list[Finding]`): what is wrong with the files themselves and with the index.
-        leftovers (`list[Finding]`): files that look like weights and are no part of the checkpoint. They do not
-            hinder loading: the library's `save_pretrained` leaves an old index behind.
+        leftovers (`list[Finding]`): what is odd and hinders no loading: files that look like weights and are no part of
+            the checkpoint (the library's `save_pretrained` leaves old ones behind), an index with a wrong total size
+            (widely used checkpoints have one).
 
     Raises:
         FileNotFoundError: when the folder has neither of the two files.
@@ -326,8 +333,7 @@ class Checkpoint:
             # The single file goes before an index, as in the library.
             if index:
                 problem = f"stands beside {SINGLE_FILE}, which goes before it, but names other files"
-                both = any((self.folder / name).exists() for name in (weight_map or {}).values())
-                (self.findings if both else self.leftovers).append(Finding(INDEX_FILE, None, problem))
+                self.leftovers.append(Finding(INDEX_FILE, None, problem))
             return None, [SINGLE_FILE]
         names = sorted(set(weight_map.values())) if weight_map else shards
         for name in shards:
@@ -347,7 +353,7 @@ class Checkpoint:
             wrong("is listed twice", name)
         metadata, weight_map = content.get("metadata"), content.get("weight_map")
         if not isinstance(metadata, dict) or "total_size" not in metadata:
-            wrong("must have metadata, an object with total_size")
+            self.leftovers.append(Finding(INDEX_FILE, None, "should have metadata, an object with total_size"))
             metadata = {}
         self._total_size = metadata.get("total_size")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -381,8 +387,8 @@ class Checkpoint:
         for file, names in unlisted.items():
             self._report_all(INDEX_FILE, names, f"is in {file}, but not in the index")
         size = sum(entry.end - entry.begin for shard in self.shards for entry in shard.entries.values())
-        if not self.findings and (type(self._total_size) is not int or self._total_size != size):
-            self.findings.append(Finding(INDEX_FILE, None, f"says total_size {self._total_size!r}; the shards hold {size}"))
+        if not self.findings and self._total_size is not None and self._total_size != size:
+            self.leftovers.append(Finding(INDEX_FILE, None, f"says total_size {self._total_size!r}; the shards hold {size}"))
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`, memory-mapped (see [`Shard.tensor`])."""

@@ -160,7 +160,8 @@ def in_two_shards(folder):
 
 
 def both_layouts(folder):
-    shutil.copy(shards(folder)[0], folder / SINGLE_FILE)
+    tensors = {name: tensor for path in shards(folder) for name, tensor in load_file(path).items()}
+    save_file(tensors, folder / SINGLE_FILE, {"format": "pt"})
 
 
 def index_twice(folder):
@@ -241,8 +242,6 @@ DAMAGE = {
     "index a list": (lambda folder: (folder / INDEX_FILE).write_text("[]"), INDEX_FILE, None, "not an object"),
     "index without map": (edit_json(INDEX_FILE, lambda index: index.pop("weight_map")), INDEX_FILE, None, "weight_map"),
     "index map a list": (edit_json(INDEX_FILE, lambda index: index.update(weight_map=[])), INDEX_FILE, None, "weight_map"),
-    "index without metadata": (edit_json(INDEX_FILE, lambda index: index.pop("metadata")), INDEX_FILE, None, "metadata"),
-    "index total": (edit_json(INDEX_FILE, lambda i: i["metadata"].update(total_size=7)), INDEX_FILE, None, "total_size 7"),
     "index lists twice": (index_twice, INDEX_FILE, NORM, "twice"),
     "index lacks a tensor": (weight_map(lambda names: names.pop(NORM)), INDEX_FILE, NORM, "not in the index"),
     "index has one more": (weight_map(lambda n: n.update({"a.b": n[NORM]})), INDEX_FILE, "a.b", "does not have it"),
@@ -250,7 +249,6 @@ DAMAGE = {
     "index points outside": (weight_map(lambda n: n.update({NORM: "../x.safetensors"})), INDEX_FILE, NORM, "no file"),
     "index points to a number": (weight_map(lambda n: n.update({NORM: 3})), INDEX_FILE, NORM, "no file"),
     "index names no shard": (weight_map(lambda n: n.update({NORM: "x.safetensors"})), "x.safetensors", None, "is missing"),
-    "single file beside shards": (both_layouts, INDEX_FILE, None, "stands beside"),
     "tensor in two shards": (in_two_shards, ..., NORM, "as well"),
     # tensors
     "tensor missing": (drop(NORM), INDEX_FILE, NORM, "does not have it"),
@@ -335,6 +333,23 @@ def test_damage_is_found_and_not_loaded(folder, kind):
         KimiK26ForConditionalGeneration.from_pretrained(folder)
     if file != "config.json" or tensor is not None:  # a config that is refused is so by its own words, or the library's
         assert any(str(finding) in str(caught.value) for finding in findings)
+
+
+# Odd, but no reason to refuse: save_pretrained leaves such folders behind, and published indexes have wrong sizes.
+ODD = {
+    "index without metadata": (edit_json(INDEX_FILE, lambda index: index.pop("metadata")), INDEX_FILE, None, "metadata"),
+    "index total": (edit_json(INDEX_FILE, lambda i: i["metadata"].update(total_size=7)), INDEX_FILE, None, "total_size 7"),
+    "single file beside shards": (both_layouts, INDEX_FILE, None, "stands beside"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_odd_is_found_and_loaded(folder, kind):
+    damage, file, tensor, words = ODD[kind]
+    damage(folder)
+    findings, _ = check(folder)
+    assert any(matches(finding, folder, file, tensor, words) for finding in findings), findings
+    KimiK26ForConditionalGeneration.from_pretrained(folder)
 
 
 # Damage to files that the model does not read: (what is done, the file, the entry or None, words, whether the

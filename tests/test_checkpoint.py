@@ -94,6 +94,16 @@ def test_a_model_can_be_saved_into_the_folder_it_is_mapped_from(folder):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
+def test_saving_in_shards_again_and_again_gives_the_same_files(folder, tmp_path):
+    files = []
+    for turn in range(3):
+        KimiK26ForConditionalGeneration.from_pretrained(folder).save_pretrained(tmp_path / str(turn), max_shard_size="200KB")
+        folder = tmp_path / str(turn)
+        files.append({path.name: path.read_bytes() for path in folder.glob("model*")})
+    assert len(files[0]) > 4 and files[0] == files[1] == files[2]
+    assert Checkpoint(folder).leftovers == []
+
+
 def test_dtype_is_the_checkpoints_own_or_the_one_asked_for(folder):
     assert KimiK26ForConditionalGeneration.from_pretrained(folder).dtype == torch.bfloat16
     model = KimiK26ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
