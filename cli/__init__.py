@@ -7,7 +7,7 @@ import sys
 COMMANDS = {
     "attach": "put this project's code into a downloaded checkpoint folder, or take it out again",
     "check": "judge every file of a checkpoint folder without loading it",
-    "demo": "build a small random checkpoint and show it a picture and a video",
+    "demo": "a small checkpoint answers about pictures, videos, numbers and tools",
     "quantize": "write a checkpoint with INT4 experts, or an INT4 one with plain weights",
 }
 

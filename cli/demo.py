@@ -1,17 +1,24 @@
-"""`kimi-k26 demo`: a small random checkpoint, loaded as a user would load the big one, sees a picture and a video."""
+"""`kimi-k26 demo`: the small trained checkpoint shows its skills; where it is missing, a random one shows the shapes.
+
+The trained one stands in `examples/` of a clone. An installed wheel has only the code, and makes a random one.
+"""
 
 import re
 import time
 from pathlib import Path
 
+TRAINED = Path(__file__).resolve().parents[1] / "examples" / "kimi-k26-tiny"
 NEW_TOKENS = 24
 WIDTH = 96
 
 
 def add_arguments(parser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-output"), help="where the checkpoint, picture and video go (%(default)s)"
+        "--out", type=Path, default=Path("demo-output"), help="where pictures and videos go (%(default)s)"
     )
+    parser.add_argument("--folder", type=Path, help="a checkpoint to show; the one in examples/ if it is there")
+    parser.add_argument("--random", action="store_true", help="show a checkpoint of random weights: prompts and shapes")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn and asked (%(default)s)")
 
 
 def draw_picture(path: Path) -> None:
@@ -47,13 +54,19 @@ def run(args) -> int:
     import torch
     from transformers import logging
 
+    from . import showcase
+
     # Tensors this small gain nothing from a second thread, and lose much on a busy machine.
     threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    folder = args.folder or (TRAINED if TRAINED.is_dir() else None)
     try:
-        show(args.out)
+        if args.random or folder is None:
+            show(args.out)
+        else:
+            showcase.show(folder, args.out, args.seed)
     finally:
         torch.set_num_threads(threads)
         logging.set_verbosity(verbosity)
@@ -137,7 +150,8 @@ def _show(number: int, title: str, processor, model, content, **flags) -> None:
     layers = output.past_key_values.layers
     cached = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
     _row("logits", f"{tuple(output.logits.shape)}")
-    _row("cache", f"{cached // ids.numel():,} bytes a token: one latent and one rotary key in each of {len(layers)} layers")
+    each = f"{cached // ids.numel():,} bytes a token"
+    _row("cache", f"{each}: one latent and one rotary key in each of {len(layers)} layers")
 
     start = time.perf_counter()
     answer = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]

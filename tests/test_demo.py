@@ -1,13 +1,17 @@
 """The small random checkpoint, and the demo that shows it: what a new user runs first."""
 
+import copy
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
-from kimi_k26.cli import main, tiny
+from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor
+from kimi_k26.cli import demo, main, showcase, tiny
 
 
 def tensors(folder) -> dict[str, torch.Tensor]:
@@ -67,11 +71,11 @@ def shown(tmp_path_factory) -> tuple:
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
         patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
-        assert main(["demo", "--out", str(out)]) == 0
+        assert main(["demo", "--random", "--out", str(out)]) == 0
     return out, re.sub(r"\n {15,}", "", "\n".join(lines))  # long prompts in one line again
 
 
-def test_demo_shows_text_picture_and_video(shown):
+def test_a_random_checkpoint_shows_text_picture_and_video(shown):
     out, text = shown
     assert (out / "picture.png").is_file() and (out / "video.mp4").is_file()
     # 336 x 224 pixels are 12 x 8 tokens; 6 frames of 224 x 168 are clips of 4 and 2 with 8 x 6 tokens each.
@@ -88,5 +92,110 @@ def test_demo_shows_text_picture_and_video(shown):
 
 def test_a_demo_that_cannot_write_says_so(tmp_path, capsys):
     (tmp_path / "taken").write_text("")
-    assert main(["demo", "--out", str(tmp_path / "taken" / "out")]) == 1
+    assert main(["demo", "--random", "--out", str(tmp_path / "taken" / "out")]) == 1
     assert "kimi-k26 demo: error:" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def made() -> list[list]:
+    """The conversations of some seeds."""
+    return [showcase.conversations(seed) for seed in range(8)]
+
+
+def judged(conversation) -> list[str]:
+    """The words of a good answer on which the judgement hangs."""
+    words = re.findall(r"\w+(?:\.\d+)?", conversation.wanted)
+    return words[-1:] if "video" in conversation.title else sorted(words)
+
+
+def test_good_answers_are_right_and_others_wrong(made):
+    for conversation, others in ((one, [row[at] for row in made]) for row in made for at, one in enumerate(row)):
+        assert conversation.right(conversation.wanted), conversation.wanted
+        assert not conversation.right("")
+        for other in others:
+            if judged(other) != judged(conversation):
+                assert not conversation.right(other.wanted), (conversation.wanted, other.wanted)
+
+
+def test_answers_that_say_too_much_are_wrong(made):
+    right = showcase._names([("red", "star"), ("blue", "cross")])
+    assert right("A blue cross, and a Red Star.")
+    assert not right("I see a red star.") and not right("A red star, a blue cross and a black circle.")
+    assert not right("A blue star and a red cross.")
+    assert showcase._says("4")("There are 4 figures.") and not showcase._says("4")("There are 14.")
+    assert not showcase._says("9.9")("9.91 is") and showcase._says("9.9")("It is 9.9.")
+    hidden = made[0][9]
+    number = hidden.messages[1]["reasoning"].split(", ")[4]
+    assert not hidden.right(f"One of them is {number}.")
+
+
+def test_seeds_differ_and_repeat(made):
+    first, again, other = made[0], showcase.conversations(0), made[1]
+    assert [one.messages for one in first] == [one.messages for one in again]
+    assert [one.messages for one in first] != [one.messages for one in other]
+
+
+class Speaker:
+    """Says what is wanted, or what was made up beforehand for a number of the conversation."""
+
+    def __init__(self, asked, wrong=()):
+        self.asked, self.wrong, self.seen = iter(asked), wrong, []
+
+    def reply(self, messages, tools, **flags):
+        self.seen.append(copy.deepcopy(messages))
+        if tools and messages[-1]["role"] == "user":
+            self.now = next(self.asked)
+            name, arguments = self.now.call
+            called = self.wrong if isinstance(self.wrong, list) else [(f"functions.{name}:0", json.dumps(arguments))]
+            return showcase.Turn("I call it.", "", called, 9, 0.5, [])
+        if not tools:
+            self.now = next(self.asked)
+        return showcase.Turn("", "Hm." if self.wrong is True else self.now.wanted, [], 5, 0.25, [])
+
+
+@pytest.mark.parametrize("wrong", [False, True, [], [("functions.get_weather:0", "{")], [("functions.find:0", "{}")]])
+def test_a_conversation_is_told_and_judged(wrong, made, capsys):
+    conversation = made[3][-1]
+    speaker = Speaker([conversation], wrong)
+    right, seen, answer = showcase.hold(conversation, speaker, 11)
+    told = capsys.readouterr().out
+    assert right == (wrong is False) and ("  right " in told) == right and ("  WRONG " in told) != right
+    assert f"11. {conversation.title}" in told and "user" in told
+    assert len(speaker.seen) == (1 if isinstance(wrong, list) else 2)
+    if right:
+        assert "14 tokens in 0.75 s" in told and conversation.result in told and answer == conversation.wanted
+        call, result = speaker.seen[1][-2:]
+        assert call["tool_calls"][0]["id"] == result["tool_call_id"] == "functions.get_weather:0"
+
+
+def test_what_a_model_saw_is_what_was_drawn(tiny_checkpoint):
+    processor = KimiK26Processor.from_pretrained(tiny_checkpoint)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    frames = [Image.fromarray(one) for one in pixels]
+    inputs = processor(text="<|media_pad|><|kimi_k25_video_placeholder|>", images=[frames[0]], videos=[frames], fps=2)
+    seen = showcase.frames_of(inputs)
+    assert [one.size for one in seen] == [(84, 56)] * 4
+    for one, drawn in zip(seen, [pixels[0], *pixels]):
+        assert np.array_equal(np.asarray(one)[:40, :60], drawn) and not np.asarray(one)[40:].any()
+    assert showcase.frames_of(processor(text="Hi")) == []
+
+
+def test_any_folder_can_be_shown(made, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """Noise for answers: every conversation is held all the same, and what was seen is saved in one picture."""
+    generate = KimiK26ForConditionalGeneration.generate
+    shorter = lambda self, *args, **kwargs: generate(self, *args, **{**kwargs, "max_new_tokens": 3})  # noqa: E731
+    monkeypatch.setattr(KimiK26ForConditionalGeneration, "generate", shorter)
+    assert main(["demo", "--folder", str(tiny_checkpoint), "--out", str(tmp_path / "out"), "--seed", "4"]) == 0
+    told, titles = capsys.readouterr().out, [one.title for one in made[0]]
+    assert [f"\n{k}. {title}\n" in told for k, title in enumerate(titles, 1)] == [True] * len(titles)
+    assert told.count("tokens in") == len(titles) and f" of {len(titles)} right, in " in told
+    sheet = Image.open(tmp_path / "out" / "seen.png")
+    assert sheet.width > 1300 and sheet.height > 900  # a film of eight frames; six conversations with something to see
+
+
+def test_the_trained_checkpoint_is_right(tmp_path, capsys):
+    if not demo.TRAINED.is_dir():
+        pytest.skip(f"there is no examples/{demo.TRAINED.name}: train_tiny.py makes it")
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "11 of 11 right" in told, told
