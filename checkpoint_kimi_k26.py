@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+import numpy as np
 import torch
 
 
@@ -456,7 +457,7 @@ class Checkpoint:
                     tensor = mapped.to(parameter.dtype)
                     filled = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
                     if tensor is mapped:  # see `release`
-                        filled.as_in_file = filled._version
+                        filled.as_in_file = (filled.data_ptr(), filled._version)
                     module._parameters[key] = filled
 
 
@@ -467,18 +468,33 @@ def _name(dtype: torch.dtype) -> str:
 def release(*modules: torch.nn.Module):
     """Give back the memory of memory-mapped parameters; they are read from their files again when they are next used.
 
-    Leaves alone what lies elsewhere or has been written to since it was mapped.
+    Leaves alone what lies elsewhere by now (casts, moves) or has been written to since it was mapped.
     """
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
     for module in modules:
         for parameter in module.parameters():
-            if getattr(parameter, "as_in_file", None) != parameter._version:
+            if getattr(parameter, "as_in_file", None) != (parameter.data_ptr(), parameter._version):
                 continue
             first = -(-parameter.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: the others have neighbours
             last = (parameter.data_ptr() + parameter.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            if last > first:
+            if last > first and not _has_own_pages(first, last):
                 _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED))
+
+
+def _has_own_pages(first: int, last: int) -> bool:
+    """Whether a page between two addresses is not, or no longer, a page of a file, as far as the system tells.
+
+    What is written through `parameter.data`, as adapters are merged, does not count as a version of the parameter.
+    """
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pages:  # 8 bytes each
+            pages.seek(first // mmap.PAGESIZE * 8)
+            flags = np.frombuffer(pages.read((last - first) // mmap.PAGESIZE * 8), np.uint64)
+    except OSError:
+        return False
+    present, swapped, of_file = (flags >> np.uint64(bit) & np.uint64(1) for bit in (63, 62, 61))
+    return bool(((present & ~of_file) | swapped).any())
 
 
 @functools.cache

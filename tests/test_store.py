@@ -140,3 +140,25 @@ def test_released_memory_is_read_again_and_written_memory_stays(tiny_checkpoint)
         embedding.weight[5] = 1.0
     release(embedding)  # what was written is nowhere else
     assert bool((embedding.weight[5] == 1.0).all())
+
+
+@pytest.mark.parametrize("change", ["data", "merge", "cast", "move", "pickle"])
+def test_released_memory_is_never_what_only_we_have(change, tiny_checkpoint):
+    """Written past the version count, moved elsewhere, or copied with all its attributes."""
+    module = load(tiny_checkpoint).language_model
+    if change == "data":
+        module.lm_head.weight.data[7] = 1.0
+    elif change == "merge":
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data += 0.5
+    elif change == "cast":
+        module.float()
+    elif change == "move":
+        module._apply(lambda tensor: tensor.clone())
+    else:
+        module = pickle.loads(pickle.dumps(module))
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    release(module)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name]), name
