@@ -73,11 +73,12 @@ def draw_picture(rng: Random, kinds: list[tuple[str, str]]) -> Image.Image:
     """Figures in the cells of a grid, none in its exact middle."""
     columns = min(3, len(kinds))
     rows = -(-len(kinds) // columns)
-    cell = rng.randint(44, 52)
-    image = Image.new("RGB", (cell * columns + rng.randint(8, 24), cell * rows + rng.randint(8, 24)), "white")
+    cell = rng.randint(38, 46)
+    width, height = (max(cell * count, 48) + rng.randint(8, 24) for count in (columns, rows))
+    image = Image.new("RGB", (width, height), "white")
     for place, kind in zip(rng.sample(range(rows * columns), len(kinds)), kinds):
-        x, y = (place % columns + 0.5) * cell + rng.uniform(0, 8), (place // columns + 0.5) * cell + rng.uniform(0, 8)
-        draw_figure(image, kind, x, y, rng.uniform(14, 18))
+        x, y = (place % columns + 0.5) * cell + rng.uniform(0, 6), (place // columns + 0.5) * cell + rng.uniform(0, 6)
+        draw_figure(image, kind, x + 2, y + 2, rng.uniform(11, 14))
     return image
 
 

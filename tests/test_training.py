@@ -52,7 +52,7 @@ DIALOGUES = [
 ]
 
 
-def collator(processor):
+def collator(processor, padding_side: str = "right"):
     def collate(dialogues: list) -> dict:
         inputs = processor.apply_chat_template(
             dialogues,
@@ -61,7 +61,7 @@ def collator(processor):
             return_tensors="pt",
             return_assistant_tokens_mask=True,
             padding=True,
-            padding_side="right",
+            padding_side=padding_side,
         )
         spoken = inputs.pop("assistant_masks")
         return {**inputs, "labels": inputs["input_ids"].masked_fill(spoken == 0, IGNORED)}
@@ -328,7 +328,9 @@ def test_packed_rows_learn_what_padded_ones_do(processor, model):
         loss.backward()
         return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    torch.testing.assert_close(gradients(packed), gradients(padded), rtol=1e-4, atol=1e-6)
+    expected = gradients(padded)
+    torch.testing.assert_close(gradients(packed), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients(collator(processor, "left")(DIALOGUES)), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_librarys_collator_of_packed_rows():
