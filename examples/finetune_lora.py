@@ -97,8 +97,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of training (%(default)s)")
     parser.add_argument("--rows", type=int, default=16, help="dialogues a step (%(default)s)")
     parser.add_argument("--cases", type=int, default=100, help="held out for the score (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of adapter and pictures (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="more only slow down products this small (%(default)s)")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     start = time.perf_counter()
 
     processor = KimiK26Processor.from_pretrained(args.folder)
