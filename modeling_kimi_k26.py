@@ -39,6 +39,13 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+# Arguments of `from_pretrained` that change nothing about a folder whose weights are mapped into main memory.
+SAYS_NOTHING_HERE = {
+    *("trust_remote_code", "code_revision", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies"),
+    *("low_cpu_mem_usage", "use_safetensors", "weights_only", "offload_folder", "offload_state_dict", "offload_buffers"),
+    *("adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"),
+}
+
 
 @dataclass
 class KimiK26CausalLMOutputWithPast(ModelOutput):
@@ -147,7 +154,7 @@ class KimiK26PreTrainedModel(PreTrainedModel):
         dtype, device_map = kwargs.pop("dtype"), kwargs.pop("device_map", None)
         max_memory = (kwargs.pop("max_memory", None) or {}).get("cpu")
         loading_info = kwargs.pop("output_loading_info", False)
-        for key in ("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "offload_folder", "_from_auto", "adapter_kwargs"):
+        for key in SAYS_NOTHING_HERE:
             kwargs.pop(key, None)
         attention = kwargs.pop("attn_implementation", None)
         config = kwargs.pop("config", None)
@@ -214,8 +221,8 @@ def _refuse_damage(cls, folder, kwargs):
 
 def _maps_into_memory(folder, model_args, kwargs) -> bool:
     """Whether a call of `from_pretrained` asks for no more than a folder's safetensors files in main memory."""
-    known = {"config", "dtype", "device_map", "output_loading_info", "attn_implementation", "_from_auto"}
-    known |= {"trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "max_memory", "offload_folder"}
+    known = {"config", "dtype", "device_map", "output_loading_info", "attn_implementation", "max_memory"}
+    known |= SAYS_NOTHING_HERE
     on_cpu = [None, "cpu", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")}]
     if not torch.accelerator.is_available():
         on_cpu += ["auto", "balanced", "balanced_low_0", "sequential"]
