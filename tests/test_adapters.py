@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor
 from kimi_k26.quantization_kimi_k26 import KimiK26Int4Linear
@@ -95,6 +95,15 @@ def test_saved_and_loaded_on_a_fresh_base(tiny_checkpoint, tmp_path):
         assert torch.equal(own(**batch).logits, expected)
         own.disable_adapters()
         torch.testing.assert_close(own(**batch).logits, plain, rtol=0, atol=1e-5)
+
+
+def test_auto_classes_find_the_base_of_an_adapter(tiny_checkpoint, tmp_path):
+    trusted = {"dtype": torch.float32, "trust_remote_code": True}
+    base, ids = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, **trusted), words(1, 12)
+    wrapped = adapted(base, ATTENTION).eval()
+    wrapped.save_pretrained(tmp_path)
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path, **trusted).eval()
+    assert torch.equal(logits_of(again, ids), logits_of(wrapped, ids))
 
 
 def test_merged_and_saved_it_is_a_checkpoint_as_any_other(tiny_checkpoint, tmp_path):

@@ -94,6 +94,8 @@ def test_a_demo_that_cannot_write_says_so(tmp_path, capsys):
     (tmp_path / "taken").write_text("")
     assert main(["demo", "--random", "--out", str(tmp_path / "taken" / "out")]) == 1
     assert "kimi-k26 demo: error:" in capsys.readouterr().err
+    assert main(["demo", "--folder", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 1
+    assert "nowhere is not a folder" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
