@@ -191,6 +191,27 @@ def test_trainer_on_padded_batches_with_pictures(processor, model, tmp_path):
         assert torch.equal(value, after[name]) and value.dtype == after[name].dtype, name
 
 
+def test_trainer_saves_the_processor_too(processor, model, tmp_path):
+    """The library adds the tokenizer's end of text to the ids that end an answer; the end of a turn stays one."""
+    turn = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=1),
+        data_collator=collator(processor),
+        train_dataset=DIALOGUES,
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    again, beside = (one.from_pretrained(tmp_path / "saved") for one in (type(model), KimiK26Processor))
+    ends = again.generation_config.eos_token_id
+    assert turn in (ends if isinstance(ends, list) else [ends])
+    batch, expected = (collator(one)(DIALOGUES) for one in (beside, processor))
+    torch.testing.assert_close(batch, expected, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, model.eval()(**expected).logits, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "way",
     [
