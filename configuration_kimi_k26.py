@@ -434,7 +434,8 @@ class KimiK26Config(_PublishedConfig):
 
     def _check(self, values):
         super()._check(values)
-        text = self._part("text_config", values.get("text_config") or {})
+        given = values.get("text_config")
+        text = self._part("text_config", {} if given is None else given)
         vision = self._part("vision_config", values.get("vision_config"))
         block = values.get("quantization_config")
         need = self._require
@@ -447,6 +448,11 @@ class KimiK26Config(_PublishedConfig):
             need(same, "quantization_config.config_groups", "the same as in text_config", block["config_groups"])
         size, pad = text.vocab_size, values["media_placeholder_token_id"]
         need(pad < size, "media_placeholder_token_id", f"below text_config.vocab_size ({size})", pad)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = values[key] if isinstance(values[key], (list, tuple)) else [values[key]]
+            # The published ids are the defaults, which a smaller vocabulary that names no others cannot have.
+            below = values[key] == self.fields[key][0] or all(i is None or i < size for i in ids)
+            need(below, key, f"below text_config.vocab_size ({size})", values[key])
         if vision is not None:
             width = vision.text_hidden_size
             need(width == text.hidden_size, "vision_config.text_hidden_size", f"text_config.hidden_size ({text.hidden_size})", width)

@@ -281,6 +281,7 @@ WRONG = [
     ("vision_config.model_type", "clip"),
     ("vision_config", "none"),
     ("text_config", [1]),
+    ("text_config", []),
     ("media_placeholder_token_id", 100),
     ("media_placeholder_token_id", None),
     ("ignore_index", "-100"),
@@ -289,6 +290,9 @@ WRONG = [
     ("tie_word_embeddings", True),
     ("model_type", "gpt2"),
     ("eos_token_id", -2),
+    ("eos_token_id", [1, 100]),
+    ("pad_token_id", 100),
+    ("bos_token_id", 100),
 ]
 
 
