@@ -15,11 +15,12 @@ import torch
 import torch.multiprocessing
 
 from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor
+from kimi_k26.vocabulary_kimi import read_ranks
 from tiny.dialogues import random_case, render
 from tiny.evaluation import evaluate
 from tiny.export import expert_use, plain_model, write_checkpoint
 from tiny.report import draw_curve, table_lines, write_card, write_results
-from tiny.running import STATE, work
+from tiny.running import state_path, work
 from tiny.vocabulary import learn_ranks, write_tokenizer
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "chat_template.jinja"
@@ -29,21 +30,23 @@ MERGES, CORPUS = 800, 4000  # byte pairs, and the dialogues they are learnt from
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint goes")
-    parser.add_argument("--minutes", type=float, default=110, help="end after so many minutes at the latest (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=115, help="end after so many minutes at the latest (%(default)s)")
     parser.add_argument("--steps", type=int, default=6000, help="end after so many steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help=f"go on from DIR/{STATE}")
+    parser.add_argument("--resume", action="store_true", help="go on from DIR-training.pt")
     parser.add_argument("--until", type=int, help="stop at this step as if interrupted, for a later --resume")
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each (%(default)s)")
     parser.add_argument("--aux-loss-alpha", type=float, default=0.0, help="weight of a balancing loss, beside the bias")
-    parser.add_argument("--matrix-rate", type=float, default=0.02, help="learning rate of Muon (%(default)s)")
+    parser.add_argument("--matrix-rate", type=float, default=0.012, help="learning rate of Muon (%(default)s)")
     parser.add_argument("--other-rate", type=float, default=0.004, help="learning rate of Adam (%(default)s)")
     parser.add_argument("--rows", type=int, default=32, help="dialogues a step, in each process (%(default)s)")
-    parser.add_argument("--parts", type=int, default=4, help="batches they are cut into by length (%(default)s)")
+    parser.add_argument("--parts", type=int, default=5, help="batches they are cut into by length (%(default)s)")
     parser.add_argument("--log-every", type=int, default=100, help="steps between lines of progress (%(default)s)")
     parser.add_argument("--cases", type=int, default=200, help="of each skill in the table (%(default)s)")
     parser.add_argument("--evaluation-seed", type=int, default=1, help="of those cases (%(default)s)")
+    parser.add_argument("--only-evaluate", action="store_true", help="print the table of the checkpoint in DIR")
     options = parser.parse_args()
+    options.out = options.out.resolve()
     options.until = options.until or options.steps
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -62,7 +65,7 @@ def learn_vocabulary(seed: int) -> dict[bytes, int]:
 
 def finish(options: argparse.Namespace, ranks: dict[bytes, int]) -> None:
     """The checkpoint, the curve and the table, from what training left."""
-    state = torch.load(options.out / STATE, weights_only=False)
+    state = torch.load(state_path(options.out), weights_only=False)
     write_checkpoint(plain_model(state, len(ranks), quantized=True), options.out, TEMPLATE)
     draw_curve(state["history"], options.out / "curve.png")
     processor = KimiK26Processor.from_pretrained(options.out)
@@ -78,6 +81,7 @@ def finish(options: argparse.Namespace, ranks: dict[bytes, int]) -> None:
             "steps": state["step"],
             "rows": options.rows * options.workers,
             "minutes": state["spent"] / 60,
+            "core_minutes": state["worked"] / 60,
             "workers": options.workers,
             "seed": options.seed,
             "cases": options.cases,
@@ -94,9 +98,18 @@ def finish(options: argparse.Namespace, ranks: dict[bytes, int]) -> None:
 
 def main() -> None:
     options = arguments()
+    if options.only_evaluate:
+        processor = KimiK26Processor.from_pretrained(options.out)
+        model = KimiK26ForConditionalGeneration.from_pretrained(options.out, dtype="auto").eval()
+        table, _ = evaluate(model, processor, options.cases, options.evaluation_seed)
+        print("\n".join(table_lines({"int4": table})))
+        return
     options.out.mkdir(parents=True, exist_ok=True)
-    ranks = learn_vocabulary(options.seed)
-    write_tokenizer(options.out, ranks)
+    if options.resume and state_path(options.out).exists():
+        ranks = read_ranks(options.out / "tiktoken.model")
+    else:
+        ranks = learn_vocabulary(options.seed)
+        write_tokenizer(options.out, ranks)
     torch.multiprocessing.spawn(work, (options.workers, options, ranks), nprocs=options.workers)
     if options.until == options.steps:
         finish(options, ranks)

@@ -1,8 +1,10 @@
 """The training script's parts: its fast ways give what the published classes give, and a stopped run goes on the same."""
 
+import socket
 import sys
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor  # noqa: E402
-from tiny import batches, dialogues, evaluation, export, learning, running, vocabulary  # noqa: E402
+from tiny import batches, dialogues, drawing, evaluation, export, learning, running, vocabulary  # noqa: E402
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "chat_template.jinja"
 
@@ -85,7 +87,7 @@ def test_the_training_forward_pass_is_the_models_own(model, ranks, folder):
     plain = export.plain_model(state_of(model), len(ranks), quantized=False).float()
     trained = model.float()
     (batch,) = batches.make_batches(vocabulary.encoding(ranks), 0, 0, 0, rows=10, parts=1)
-    logits, labels, rows, _ = learning.forward(trained, batch, len(ranks) + 21, len(ranks) + 255)
+    logits, labels, rows, _, _ = learning.forward(trained, batch, len(ranks) + 21, len(ranks) + 255)
     start = 0
     for row, ids in enumerate(batch.ids):
         real = ids[ids != len(ranks) + 255].unsqueeze(0)
@@ -164,8 +166,8 @@ def test_a_model_that_answers_right_is_scored_so(folder, monkeypatch):
         for case in cases:
             words = [text for text, target in dialogues.render(case) if target]
             told.append([text.removesuffix("<|im_end|>") for text in words])
-        turns = iter(range(2))
-        monkeypatch.setattr(evaluation, "generate", lambda *_: [words[next_turn] for words in told] if (next_turn := next(turns)) or True else None)
+        replies = [[words[turn] for words in told] for turn in range(len(told[0]))]
+        monkeypatch.setattr(evaluation, "generate", lambda *_: replies.pop(0))
         right = [one for one, _ in evaluation.answer(None, processor, cases)]
         assert right == [not skill.startswith("not kept")] * 3, skill
 
@@ -182,3 +184,44 @@ def test_orthogonal_directions_have_singular_values_near_one():
     torch.manual_seed(0)
     values = torch.linalg.svdvals(learning.orthogonal(torch.randn(3, 24, 16)).float())
     assert values.min() > 0.4 and values.max() < 1.4
+
+
+def test_what_a_media_token_shows():
+    """A figure in the second token of two, and one that moves and comes in later in a film of two clips."""
+    figure = drawing.Figure("red", "circle", x=42, y=14, radius=9)
+    scene = drawing.Scene(56, 28, [figure])
+    kind = 1 + drawing.COLOURS.index("red") * len(drawing.SHAPES)
+    assert batches.sights_of(scene).tolist() == [[0, 0, -100, -100], [kind, 1, -100, -100]]
+    film = drawing.Film(scene, fps=2, total=8, speed=[(-1.0, 0.0)], start=[3.0])
+    left = [(0, 0), *drawing.MOVES.values()].index((-1, 0))
+    first, second = batches.sights_of(film)[:2], batches.sights_of(film)[2:]
+    assert first.tolist() == [[0, 0, -100, -100]] * 2
+    assert second.tolist() == [[0, 0, -100, -100], [kind, 1, left, 2]]
+
+
+def run_to(folder, ranks, until, resume):
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = SimpleNamespace(
+        seed=0, port=port, out=folder, matrix_rate=0.02, other_rate=0.004, minutes=1e6, steps=4, until=until,
+        rows=3, parts=1, resume=resume, log_every=2, aux_loss_alpha=0.001,
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    try:
+        running.work(0, 1, options, ranks)
+    finally:
+        torch.set_num_threads(threads)
+    return torch.load(running.state_path(folder), weights_only=False)
+
+
+def test_a_stopped_and_resumed_run_is_the_run_that_was_not_stopped(ranks, tmp_path):
+    whole = run_to(tmp_path / "whole", ranks, until=4, resume=False)
+    run_to(tmp_path / "parts", ranks, until=3, resume=False)
+    parts = run_to(tmp_path / "parts", ranks, until=4, resume=True)
+    assert parts["step"] == whole["step"] == 4 and parts["optimizer"]["int4"]
+    for name, tensor in whole["optimizer"]["master"].items():
+        assert torch.equal(tensor, parts["optimizer"]["master"][name]), name
+    assert all(torch.equal(a, b) for a, b in zip(whole["biases"], parts["biases"]))
+    assert [note["step"] for note in whole["history"]] == [2, 4]

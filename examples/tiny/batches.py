@@ -8,8 +8,8 @@ import numpy as np
 import tiktoken
 import torch
 
-from .dialogues import GRID, Case, film_clips, random_case, render
-from .drawing import Film, draw, draw_frame
+from .dialogues import GRID, STEP, Case, film_clips, random_case, render
+from .drawing import COLOURS, MOVES, SHAPES, Film, draw, draw_frame
 
 PATCH = 14
 IGNORED = -100
@@ -22,14 +22,14 @@ class Batch:
 
     ids, labels `(rows, length)` int64 (`labels` stands one to the left: what follows each token, or -100);
     clips: by grid, the patches of all clips of that size, `(clips, patches, 588)` uint8, and the place of each clip's
-    first token among the batch's media tokens.
+    first token among the batch's media tokens; sights `(media tokens, 4)`: what stands there, see `sights_of`.
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
     skills: list[str]
     clips: dict[tuple[int, int, int], tuple[torch.Tensor, list[int]]]
-    media_tokens: int
+    sights: torch.Tensor
 
 
 def cut_patches(frame: np.ndarray) -> np.ndarray:
@@ -52,6 +52,45 @@ def media_clips(item) -> list[tuple[tuple[int, int, int], np.ndarray]]:
         frames = [cut_patches(np.asarray(draw_frame(item, index))) for index in indices]
         clips.append(((len(frames), rows, columns), np.concatenate(frames)))
     return clips
+
+
+# What a media token shows, each a class or -100: which figure covers it (0: none), how many figures have their centre in
+# it (2: two or more), which way the figure moves (0: it rests), in which frame of the clip it is first seen.
+SIGHTS = (1 + len(COLOURS) * len(SHAPES), 3, 1 + len(MOVES), STEP)
+
+
+def sights_of(item) -> np.ndarray:
+    """`(media tokens, 4)` int64: the classes above for every token of a picture, or of all clips of a film."""
+    if isinstance(item, Film):
+        clips = [[index / item.fps for index in indices] for _, indices in film_clips(item)]
+        return np.concatenate([_sights(item.scene, item, times) for times in clips])
+    return _sights(item, None, None)
+
+
+def _sights(scene, film: Film | None, times: list[float] | None) -> np.ndarray:
+    rows, columns = -(-scene.height // GRID), -(-scene.width // GRID)
+    left, top = np.meshgrid(np.arange(columns) * GRID, np.arange(rows) * GRID)
+    sights = np.zeros((rows, columns, len(SIGHTS)), np.int64)
+    sights[..., 2:] = IGNORED
+    nearest = np.full((rows, columns), np.inf)
+    for at, figure in enumerate(scene.figures):
+        x, y, way, entrance = figure.x, figure.y, IGNORED, IGNORED
+        if film is not None:
+            seen = [k for k, time in enumerate(times) if time >= film.start[at] - 1e-6]
+            if not seen:
+                continue
+            (dx, dy), entrance = film.speed[at], seen[0]
+            middle = times[seen[len(seen) // 2]]
+            x, y = x + dx * middle, y + dy * middle
+            way = [(np.sign(dx), np.sign(dy)) == move for move in [(0, 0), *MOVES.values()]].index(True)
+        away = np.hypot(x - np.clip(x, left, left + GRID), y - np.clip(y, top, top + GRID))
+        covered = (away < 0.7 * figure.radius) & (away < nearest)
+        nearest[covered] = away[covered]
+        kind = 1 + COLOURS.index(figure.colour) * len(SHAPES) + SHAPES.index(figure.shape)
+        sights[covered, 0], sights[covered, 2], sights[covered, 3] = kind, way, entrance
+        row, column = min(max(int(y // GRID), 0), rows - 1), min(max(int(x // GRID), 0), columns - 1)
+        sights[row, column, 1] = min(2, sights[row, column, 1] + 1)
+    return sights.reshape(rows * columns, -1)
 
 
 def encode(encoding: tiktoken.Encoding, case: Case) -> tuple[list[int], list[int]]:
@@ -88,15 +127,17 @@ def collate(coded: list[tuple[Case, list[int], list[int]]], encoding: tiktoken.E
     ids = torch.full((len(coded), length), pad)
     labels = torch.full((len(coded), length), IGNORED)
     groups: dict[tuple, tuple[list, list]] = {}
+    sights = [np.zeros((0, len(SIGHTS)), np.int64)]
     start = 0
     for row, (case, one, label) in enumerate(coded):
         ids[row, : len(one)] = torch.tensor(one)
         labels[row, : len(label)] = torch.tensor(label)
         for item in case.media:
+            sights.append(sights_of(item))
             for grid, patches in media_clips(item):
                 pixels, starts = groups.setdefault(grid, ([], []))
                 pixels.append(patches)
                 starts.append(start)
                 start += grid[1] * grid[2] // 4
     clips = {grid: (torch.from_numpy(np.stack(pixels)), starts) for grid, (pixels, starts) in groups.items()}
-    return Batch(ids, labels, [case.skill for case, _, _ in coded], clips, start)
+    return Batch(ids, labels, [case.skill for case, _, _ in coded], clips, torch.from_numpy(np.concatenate(sights)))

@@ -11,7 +11,7 @@ from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
 from kimi_k26.text_kimi_k26 import rotate_pairs
 from kimi_k26.vision_kimi_k26 import rotary_2d
 
-from .batches import IGNORED, Batch
+from .batches import IGNORED, SIGHTS, Batch
 
 INT4_GROUP = 32
 BLOCK = 64  # rows: products are padded to whole blocks
@@ -96,7 +96,7 @@ def start_weights(model) -> None:
             fan_in = parameter[0].numel() if "experts.gate" not in name else parameter.shape[-1]
             if ".experts." in name:
                 fan_in = parameter.shape[-1]
-            small = 0.3 if any(part in name for part in ("o_proj", "down", "wo.", "fc1", "lm_head")) else 1.0
+            small = 0.3 if any(part in name for part in ("o_proj", "down", "wo.", "fc1", "lm_head", "q_b_proj")) else 1.0
             parameter.normal_(0, small / math.sqrt(fan_in))
 
 
@@ -143,13 +143,29 @@ def media_features(model, batch: Batch) -> torch.Tensor:
     return features[torch.tensor(places).argsort()]
 
 
+def add_sight(model) -> None:
+    """A layer that training alone has: it reads off each media token what stands there (`batches.SIGHTS`)."""
+    model.sight = nn.Linear(model.config.text_config.hidden_size, sum(SIGHTS))
+
+
+def sight_loss(model, features: torch.Tensor, sights: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of what each media token shows: it tells every part of a picture, not only the answer, what to be."""
+    loss = 0.0
+    for logits, classes in zip(model.sight(features).float().split(SIGHTS, dim=-1), sights.unbind(-1)):
+        if bool((classes >= 0).any()):
+            loss = loss + F.cross_entropy(logits, classes, ignore_index=IGNORED)
+    return loss
+
+
 def forward(model, batch: Batch, media_token: int, pad_token: int, want_router: bool = False):
-    """Logits of the assistant's words `(words, vocabulary)`, their labels, their rows, and the router's logits."""
+    """Logits of the assistant's words `(words, vocabulary)`, their labels, their rows, the router's logits, and the
+    loss of `sight_loss`, 0 without media."""
     core = model.language_model.model
-    embeds = core.embed_tokens(batch.ids)
+    embeds, seen = core.embed_tokens(batch.ids), torch.zeros(())
     if batch.clips:
-        where = (batch.ids == media_token).unsqueeze(-1)
-        embeds = embeds.masked_scatter(where, media_features(model, batch))
+        where, features = (batch.ids == media_token).unsqueeze(-1), media_features(model, batch)
+        embeds = embeds.masked_scatter(where, features)
+        seen = sight_loss(model, features, batch.sights)
     real = (batch.ids != pad_token).flatten()
     for layer in moe_layers(model):
         layer.experts.real = real
@@ -161,7 +177,7 @@ def forward(model, batch: Batch, media_token: int, pad_token: int, want_router: 
     logits = model.language_model.lm_head(heard)[: int(wanted.sum())]
     rows = wanted.nonzero()[:, 0]
     routers = [logits[real] for logits in output.router_logits] if want_router else []
-    return logits.float(), batch.labels[wanted], rows, routers
+    return logits.float(), batch.labels[wanted], rows, routers, seen
 
 
 def balance_loss(routers: list[torch.Tensor], top_k: int) -> torch.Tensor:
@@ -199,18 +215,22 @@ class Optimizer:
     """
 
     def __init__(self, model, matrix_rate: float, other_rate: float, decay: float):
-        self.matrix_rate, self.other_rate, self.decay = matrix_rate, other_rate, decay
+        self.matrix_rate, self.decay = matrix_rate, decay
         self.int4, self.steps = False, 0
         self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.master = {name: p.detach().float().clone() for name, p in self.live.items()}
         self.moment = {name: torch.zeros_like(p) for name, p in self.master.items()}
         self.matrices: dict[tuple, list[str]] = {}
         for name, p in self.live.items():
-            inside = ".layers." in name or ".blocks." in name or "mm_projector" in name
+            inside = any(part in name for part in (".layers.", ".blocks.", "mm_projector", "patch_embed.proj"))
             if inside and p.dim() >= 2 and "mlp.gate.weight" not in name:
-                self.matrices.setdefault(tuple(p.shape[-2:]), []).append(name)
+                shape = (len(p), p[0].numel()) if "patch_embed" in name else tuple(p.shape[-2:])
+                self.matrices.setdefault(shape, []).append(name)
         by_muon = {name for names in self.matrices.values() for name in names}
         self.others = [name for name in self.live if name not in by_muon]
+        # Adam moves every element alike, so a layer that adds up many inputs must move each of them less.
+        calm = ("mlp.gate.weight", "lm_head", "sight")
+        self.rates = {name: other_rate * (0.25 if any(part in name for part in calm) else 1.0) for name in self.others}
         self.second = {name: torch.zeros_like(self.master[name]) for name in self.others}
 
     @torch.no_grad()
@@ -228,8 +248,9 @@ class Optimizer:
                 master = self.master[name]
                 master.mul_(1 - rate * self.decay)
                 master.sub_(direction.view_as(master), alpha=rate * max(1, rows / columns) ** 0.5)
-        rate, first, second = self.other_rate * factor, 0.9, 0.98
+        first, second = 0.9, 0.98
         for name in self.others:
+            rate = self.rates[name] * factor
             gradient = gradients[name]
             moment, square = self.moment[name].lerp_(gradient, 1 - first), self.second[name]
             square.lerp_(gradient.square(), 1 - second)
@@ -254,5 +275,6 @@ class Optimizer:
         self.int4, self.steps = state["int4"], state["steps"]
         for mine, theirs in ((getattr(self, n), state[n]) for n in ("master", "moment", "second")):
             for name, tensor in mine.items():
-                tensor.copy_(theirs[name])
+                if name in theirs:
+                    tensor.copy_(theirs[name])
         self.publish()

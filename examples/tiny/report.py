@@ -3,20 +3,16 @@
 import json
 from pathlib import Path
 
-from .evaluation import BARS
+from matplotlib.figure import Figure
 
-BF16_SUFFIX = "bfloat16"
+from .evaluation import BARS
 
 
 def draw_curve(history: list[dict], path: Path) -> None:
     """Loss and share of dialogues right to the last token, per skill, over the steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shown = ("name", "count", "which", "way", "second", "bigger", "kept", "tool")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), dpi=80)
+    figure = Figure(figsize=(11, 4), dpi=80)
+    left, right = figure.subplots(1, 2)
     for colour, skill in enumerate(shown):
         points = [(n["step"], *n["scores"][skill]) for n in history if skill in n["scores"]]
         if not points:
@@ -31,7 +27,6 @@ def draw_curve(history: list[dict], path: Path) -> None:
     right.legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def table_lines(results: dict) -> list[str]:
@@ -51,7 +46,7 @@ def write_results(results: dict, folder: Path) -> None:
 def write_card(results: dict, folder: Path) -> None:
     """`README.md` of the checkpoint."""
     run = results["run"]
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) / 2**20
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     lines = [
         "# A small Kimi",
         "",
@@ -93,8 +88,8 @@ def write_card(results: dict, folder: Path) -> None:
         "",
         "## How it was made",
         "",
-        f"{run['steps']} steps of {run['rows']} dialogues in {run['minutes']:.0f} minutes on {run['workers']} cores, seed",
-        f"{run['seed']}. Muon for the matrices inside the layers, Adam for the rest; float32 masters of bfloat16 weights; in the",
+        f"{run['steps']} steps of {run['rows']} dialogues in {run['minutes']:.0f} minutes on {run['workers']} cores",
+        f"({run['core_minutes']:.0f} minutes of work for each; the machine was shared), seed {run['seed']}. Muon for the matrices inside the layers, Adam for the rest; float32 masters of bfloat16 weights; in the",
         "last part the experts learn under INT4 rounding. Load is balanced by the correction bias.",
         "",
         "![loss and accuracy](curve.png)",

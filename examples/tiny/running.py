@@ -1,5 +1,6 @@
 """The training loop: one process per core, the same weights in each, gradients averaged after every step."""
 
+import ctypes
 import os
 import time
 from collections import defaultdict
@@ -14,9 +15,11 @@ from transformers import AttentionInterface
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
 
 from .batches import make_batches
+from .dialogues import easy_case, random_case
 from .learning import (
     Optimizer,
     StackedExperts,
+    add_sight,
     balance_loss,
     float_attention,
     forward,
@@ -26,10 +29,11 @@ from .learning import (
 from .settings import model_config
 from .vocabulary import encoding
 
-WARMUP, DECAY_FROM, INT4_FROM = 30, 0.5, 0.4  # steps; shares of the run
+WARMUP, DECAY_FROM, INT4_FROM = 30, 0.6, 0.5  # steps; shares of the run
+EASY_STEPS = 500  # with dialogues of `easy_case`
+SIGHT_WEIGHT = 0.5  # of the loss that reads figures off media tokens, beside the words' own
 BIAS_STEP = 2e-3  # by which the correction bias moves, at full learning rate
-SAVE_EVERY = 300  # seconds
-STATE = "training.pt"
+SAVE_EVERY = 180  # seconds
 
 
 def build(ranks: dict[bytes, int], seed: int):
@@ -40,6 +44,7 @@ def build(ranks: dict[bytes, int], seed: int):
     model = KimiK26ForConditionalGeneration(config)
     for layer in moe_layers(model):
         layer.experts = StackedExperts(config.text_config)
+    add_sight(model)
     start_weights(model)
     model.config.text_config._attn_implementation = "float_sdpa"
     return model.to(torch.bfloat16)
@@ -49,6 +54,11 @@ def rate_factor(step: int, progress: float) -> float:
     """The learning rate's course: a short rise, constant, then down in a straight line."""
     fall = 1.0 if progress < DECAY_FROM else max(0.0, (1 - progress) / (1 - DECAY_FROM))
     return min(1.0, (step + 1) / WARMUP) * fall
+
+
+def state_path(out: Path) -> Path:
+    """Where a run that writes the checkpoint `out` keeps what it needs to go on: beside it, for it is no part of it."""
+    return out.with_name(f"{out.name}-training.pt")
 
 
 class Scores:
@@ -80,8 +90,18 @@ def merge_scores(parts: list[dict]) -> dict:
     return {skill: (right / total, loss / total) for skill, (right, total, loss) in sorted(merged.items())}
 
 
+def keep_memory() -> None:
+    """Ask glibc not to hand freed memory back at once: big tensors come and go every step, and fresh pages are slow."""
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tune is not None:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        for name, value in ((trim_threshold, 2**31 - 1), (top_pad, 2**26), (mmap_threshold, 2**31 - 1)):
+            tune(name, value)
+
+
 def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
-    """What each process does; process 0 also shows progress and writes `training.pt`."""
+    """What each process does; process 0 also shows progress and saves the state."""
+    keep_memory()
     torch.set_num_threads(1)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ["MASTER_PORT"] = str(options.port)
@@ -90,15 +110,17 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
     optimizer = Optimizer(model, options.matrix_rate, options.other_rate, decay=0.02)
     coder, first = encoding(ranks), len(ranks)
     layers, top_k = moe_layers(model), model.config.text_config.num_experts_per_tok
-    step, spent, history = 0, 0.0, []
-    state_file = Path(options.out) / STATE
+    step, spent, worked, history = 0, 0.0, 0.0, []
+    state_file = state_path(options.out)
     if options.resume and state_file.exists():
         state = torch.load(state_file, weights_only=False)
         optimizer.restore(state["optimizer"])
-        step, spent, history = state["step"], state["spent"], state["history"]
+        step, spent, worked, history = (state[key] for key in ("step", "spent", "worked", "history"))
         for layer, bias in zip(layers, state["biases"]):
             layer.gate.e_score_correction_bias.data.copy_(bias)
+    sights: list[float] = []
     scores, begun, saved = Scores(), time.monotonic() - spent, time.monotonic()
+    worked -= time.process_time()
     bar = tqdm(total=options.steps, initial=step, disable=rank > 0, smoothing=0.02, mininterval=5)
     budget = options.minutes * 60
     while True:
@@ -112,23 +134,28 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
             parts = [None] * world
             dist.all_gather_object(parts, scores.take())
             if rank == 0:
-                note(history, step, spent, merge_scores(parts), layers, bar)
+                note(history, step, spent, merge_scores(parts), layers, sights, bar)
+            sights = []
         if rank == 0 and (stop or time.monotonic() - saved > SAVE_EVERY):
-            save_state(state_file, optimizer, layers, step, spent, history)
+            save_state(state_file, optimizer, layers, step, spent, worked + time.process_time(), history)
             saved = time.monotonic()
         if stop:
             break
         optimizer.int4 = progress >= INT4_FROM
         factor = rate_factor(step, progress)
-        batches = make_batches(coder, options.seed, step, rank, options.rows, options.parts)
+        make = easy_case if step < EASY_STEPS else random_case
+        batches = make_batches(coder, options.seed, step, rank, options.rows, options.parts, make)
         words = sum(int((batch.labels >= 0).sum()) for batch in batches)
+        media = sum(len(batch.sights) for batch in batches)
         for batch in batches:
-            logits, labels, rows, routers = forward(model, batch, first + 21, first + 255, options.aux_loss_alpha > 0)
+            logits, labels, rows, routers, seen = forward(model, batch, first + 21, first + 255, options.aux_loss_alpha > 0)
             losses = F.cross_entropy(logits, labels, reduction="none")
-            loss = losses.sum() / words
+            loss = losses.sum() / words + SIGHT_WEIGHT * len(batch.sights) / max(1, media) * seen
             if routers:
                 loss = loss + options.aux_loss_alpha * balance_loss(routers, top_k) / len(batches)
             loss.backward()
+            if batch.clips:
+                sights.append(float(seen.detach()))
             scores.add(batch.skills, rows, losses.detach(), logits.argmax(-1) == labels)
         # One message for all gradients and the experts' loads.
         sent = [torch.zeros_like(optimizer.master[n]) if p.grad is None else p.grad.float() for n, p in optimizer.live.items()]
@@ -155,16 +182,19 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
     dist.destroy_process_group()
 
 
-def note(history: list, step: int, spent: float, scores: dict, layers, bar) -> None:
+def note(history: list, step: int, spent: float, scores: dict, layers, sights: list[float], bar) -> None:
     share = min((float(layer.seen.min() / layer.seen.mean()) for layer in layers if hasattr(layer, "seen")), default=1.0)
-    history.append({"step": step, "seconds": spent, "scores": scores, "least_used_expert": share})
+    seen = sum(sights) / max(1, len(sights))
+    history.append({"step": step, "seconds": spent, "scores": scores, "least_used_expert": share, "sight": seen})
     told = " ".join(f"{skill} {100 * right:.0f}%/{loss:.2f}" for skill, (right, loss) in scores.items())
-    bar.write(f"step {step}, {spent / 60:.1f} min, least used expert {share:.2f}: {told}")
+    bar.write(f"step {step}, {spent / 60:.1f} min, least used expert {share:.2f}, sight {seen:.2f}: {told}")
 
 
-def save_state(path: Path, optimizer, layers, step, spent, history) -> None:
+def save_state(path: Path, optimizer, layers, step: int, spent: float, worked: float, history: list) -> None:
+    """`spent`: seconds of the clock; `worked`: seconds of one core, which a busy machine does not lengthen."""
     biases = [layer.gate.e_score_correction_bias.data.clone() for layer in layers]
-    state = {"optimizer": optimizer.state(), "step": step, "spent": spent, "history": history, "biases": biases}
+    state = {"step": step, "spent": spent, "worked": worked, "history": history, "biases": biases}
+    state["optimizer"] = optimizer.state()
     temporary = path.with_suffix(".new")
     torch.save(state, temporary)
     temporary.replace(path)

@@ -56,7 +56,7 @@ def _tool(rng: Random) -> tuple[dict, str, list[tuple[str, dict]]]:
     else:
         name = f"{rng.choice(VERBS[:6])}{noun.capitalize()}"
     properties: dict[str, dict] = {}
-    for _ in range(rng.choice((1, 1, 2, 2, 3))):
+    for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
         parameter = _word(rng, PARAMETERS)
         if rng.random() < 0.1:
             parameter += "_" + _word(rng, PARAMETERS)
