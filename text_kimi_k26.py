@@ -75,7 +75,8 @@ class KimiK26RotaryEmbedding(nn.Module):
         with torch.device("cpu"):  # the model may be being built on `meta`
             if rope["rope_type"] == "default":
                 dim = config.qk_rope_head_dim
-                frequencies = config.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+                # The reciprocal of a power, as the library computes it: far out the last bit of a frequency shows.
+                frequencies = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
                 self.attention_scaling = 1.0
             else:
                 frequencies, self.attention_scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](reads, "cpu")

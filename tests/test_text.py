@@ -195,6 +195,16 @@ def test_angles(kind):
     torch.testing.assert_close(sin[0].double(), expected.sin(), rtol=0, atol=1e-5)
 
 
+def test_plain_frequencies_are_those_of_the_library():
+    # Linear scaling by 1 is the library's own computation of them; near position 200,000 a last bit would show.
+    def angles(rope):
+        config = KimiK26Config(**config_dict(vision=False, qk_rope_head_dim=16, rope_scaling=rope)).text_config
+        return KimiK26RotaryEmbedding(config)(torch.tensor([[3, 199_999]]))
+
+    for plain, scaled in zip(angles(None), angles({"type": "linear", "factor": 1.0})):
+        assert torch.equal(plain, scaled)
+
+
 def test_angles_do_not_depend_on_the_dtype_of_the_model():
     model, positions = text_model(), torch.tensor([[199_987]])
     before = model.language_model.model.rotary_emb(positions)
