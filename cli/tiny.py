@@ -1,11 +1,11 @@
 """A small random checkpoint in the published layout, for the demo and the tests: right in shape, wise in nothing."""
 
-import base64
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
+from ..vocabulary_kimi import write_ranks
 from .attach import attach
 
 MERGES = 256
@@ -39,6 +39,30 @@ SPOKEN_TOKENS = {
     15: "<|tool_call_end|>",
     22: "<think>",
     23: "</think>",
+}
+
+# As published: rotary frequencies, and the routed experts as INT4 words with a scale to 32 inputs.
+YARN = {
+    "type": "yarn",
+    "factor": 64.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
+INT4_EXPERTS = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _WEIGHTS}},
+    "ignore": [
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    ],
 }
 
 SAMPLE = """
@@ -87,15 +111,9 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(folder: Path) -> int:
-    """Writes `tiktoken.model` and `tokenizer_config.json` of a small vocabulary.
-
-    Returns:
-        The number of byte-pair ranks, which is the id of the first of the 256 special tokens behind them.
-    """
-    ranks = learn_ranks(SAMPLE, MERGES)
-    lines = (f"{base64.b64encode(piece).decode()} {rank}\n" for piece, rank in ranks.items())
-    (folder / "tiktoken.model").write_text("".join(lines))
+def write_tokenizer(folder: Path, ranks: dict[bytes, int]) -> None:
+    """Writes `tiktoken.model` and `tokenizer_config.json` of a small vocabulary, in the published form."""
+    write_ranks(ranks, folder / "tiktoken.model")
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     decoder = {
         str(len(ranks) + offset): {"content": content, **plain, "special": offset in CONTROL_TOKENS}
@@ -112,7 +130,6 @@ def write_tokenizer(folder: Path) -> int:
         "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
     }
     _write_json(folder / "tokenizer_config.json", config)
-    return len(ranks)
 
 
 def tiny_config(first_special: int, quantized: bool) -> dict:
@@ -142,32 +159,12 @@ def tiny_config(first_special: int, quantized: bool) -> dict:
         "v_head_dim": 32,
         "max_position_embeddings": 262144,
         "rope_theta": 50000.0,
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": 64.0,
-            "original_max_position_embeddings": 4096,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
+        "rope_scaling": YARN,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }
     if quantized:
-        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-        text["quantization_config"] = {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**weights, "dynamic": False}}},
-            "ignore": [
-                "lm_head",
-                "re:.*self_attn.*",
-                "re:.*shared_experts.*",
-                r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-            ],
-        }
+        text["quantization_config"] = INT4_EXPERTS
     vision = {
         "patch_size": 14,
         "init_pos_emb_height": 8,
@@ -212,7 +209,9 @@ def make_tiny_checkpoint(folder: str | Path, quantized: bool = True, seed: int =
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = tiny_config(write_tokenizer(folder), quantized)
+    ranks = learn_ranks(SAMPLE, MERGES)
+    write_tokenizer(folder, ranks)
+    config = tiny_config(len(ranks), quantized)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = KimiK26ForConditionalGeneration(KimiK26Config(**config)).to(torch.bfloat16)

@@ -15,13 +15,14 @@ import torch
 import torch.multiprocessing
 
 from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor
+from kimi_k26.cli.tiny import write_tokenizer
 from kimi_k26.vocabulary_kimi import read_ranks
 from tiny.dialogues import random_case, render
 from tiny.evaluation import evaluate
 from tiny.export import expert_use, plain_model, write_checkpoint
 from tiny.report import draw_curve, table_lines, write_card, write_results
 from tiny.running import state_path, work
-from tiny.vocabulary import learn_ranks, write_tokenizer
+from tiny.vocabulary import learn_ranks
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "chat_template.jinja"
 MERGES, CORPUS = 800, 4000  # byte pairs, and the dialogues they are learnt from

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor  # noqa: E402
+from kimi_k26.cli.tiny import write_tokenizer  # noqa: E402
 from tiny import batches, dialogues, drawing, evaluation, export, learning, running, vocabulary  # noqa: E402
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "chat_template.jinja"
@@ -38,7 +39,7 @@ def state_of(model):
 @pytest.fixture(scope="module")
 def folder(model, ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    vocabulary.write_tokenizer(folder, ranks)
+    write_tokenizer(folder, ranks)
     export.write_checkpoint(export.plain_model(state_of(model), len(ranks), quantized=True), folder, TEMPLATE)
     return folder
 

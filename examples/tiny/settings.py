@@ -1,6 +1,6 @@
 """The small model's config: the published one in miniature."""
 
-from .vocabulary import SPECIAL_IDS
+from kimi_k26.cli.tiny import INT4_EXPERTS, SPECIAL_IDS, YARN
 
 HIDDEN, VISION = 128, 96
 
@@ -38,32 +38,12 @@ def model_config(ranks: int, quantized: bool) -> dict:
         "v_head_dim": 32,
         "max_position_embeddings": 262144,
         "rope_theta": 50000.0,
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": 64.0,
-            "original_max_position_embeddings": 4096,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
+        "rope_scaling": YARN,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }
     if quantized:
-        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-        text["quantization_config"] = {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**weights, "dynamic": False}}},
-            "ignore": [
-                "lm_head",
-                "re:.*self_attn.*",
-                "re:.*shared_experts.*",
-                r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-            ],
-        }
+        text["quantization_config"] = INT4_EXPERTS
     vision = {
         "patch_size": 14,
         "init_pos_emb_height": 16,

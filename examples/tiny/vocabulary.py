@@ -1,45 +1,13 @@
-"""The vocabulary: byte pairs learnt from the dialogues, and the published special tokens behind them."""
+"""The vocabulary: byte pairs learnt from the dialogues, with the published special tokens behind them."""
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import regex
 import tiktoken
 
-from kimi_k26.vocabulary_kimi import SPLIT_PATTERN, write_ranks
+from kimi_k26.cli.tiny import CONTROL_TOKENS, SPECIAL_IDS, SPOKEN_TOKENS
+from kimi_k26.vocabulary_kimi import SPLIT_PATTERN
 
-SPECIAL_IDS = 256
-
-# Offsets behind the byte-pair ranks, as published; the ids between are `<|reserved_token_N|>`. Markers of tools and
-# thinking are part of what the model says, so they are not "special" and survive `skip_special_tokens`.
-CONTROL_TOKENS = {
-    0: "[BOS]",
-    1: "[EOS]",
-    2: "<|im_end|>",
-    3: "<|im_user|>",
-    4: "<|im_assistant|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    9: "[EOT]",
-    10: "<|im_system|>",
-    17: "<|im_middle|>",
-    18: "<|media_begin|>",
-    19: "<|media_content|>",
-    20: "<|media_end|>",
-    21: "<|media_pad|>",
-    254: "[UNK]",
-    255: "[PAD]",
-}
-SPOKEN_TOKENS = {
-    11: "<|tool_calls_section_begin|>",
-    12: "<|tool_calls_section_end|>",
-    13: "<|tool_call_begin|>",
-    14: "<|tool_call_argument_begin|>",
-    15: "<|tool_call_end|>",
-    22: "<think>",
-    23: "</think>",
-}
 MARKERS = {**CONTROL_TOKENS, **SPOKEN_TOKENS}
 
 
@@ -101,23 +69,3 @@ def encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
     first = len(ranks)
     specials = {MARKERS.get(k, f"<|reserved_token_{first + k}|>"): first + k for k in range(SPECIAL_IDS)}
     return tiktoken.Encoding("tiny", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
-
-
-def write_tokenizer(folder: Path, ranks: dict[bytes, int]) -> None:
-    """`tiktoken.model` and `tokenizer_config.json`, in the published form."""
-    write_ranks(ranks, folder / "tiktoken.model")
-    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    named = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
-    config = {
-        "added_tokens_decoder": {
-            str(len(ranks) + offset): {"content": content, **plain, "special": offset in CONTROL_TOKENS}
-            for offset, content in sorted(MARKERS.items())
-        },
-        "additional_special_tokens": [token for token in CONTROL_TOKENS.values() if token not in named.values()],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": int(1e30),
-        "tokenizer_class": "TikTokenTokenizer",
-        **named,
-        "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
