@@ -1,7 +1,9 @@
 """Router and experts: which feed-forward networks a token passes through, their products, and where experts live."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -167,8 +169,56 @@ class CpuExpert:
         return self.down(F.silu(gate) * up)
 
 
+class Routing:
+    """Which tokens go to which experts of a layer, and with what weights.
+
+    Args:
+        weights (`torch.Tensor` of shape `(tokens, top_k)`, float32), chosen (same shape, int64).
+        experts (`int`): how many the layer has.
+    """
+
+    def __init__(self, weights: torch.Tensor, chosen: torch.Tensor, experts: int):
+        self.weights, self.chosen, self.experts = weights, chosen, experts
+        self._asked = self  # where the host's own copies are: one for all devices
+
+    def to(self, device: torch.device) -> "Routing":
+        """The same on another device, without waiting for either."""
+        if device == self.chosen.device:
+            return self
+        moved = (part.to(device, non_blocking=True) for part in (self.weights, self.chosen))
+        there = Routing(*moved, self.experts)
+        there._asked = self._asked
+        return there
+
+    @property
+    def picked(self) -> list[list[int]]:
+        """The experts of each token. The first to ask waits for the device."""
+        return self._asked._picked
+
+    @cached_property
+    def _picked(self):
+        return self.chosen.tolist()
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each expert. The first to ask waits for the device."""
+        return self._asked._counts
+
+    @cached_property
+    def _counts(self):
+        return torch.bincount(self.chosen.flatten(), minlength=self.experts).tolist()
+
+    def by_expert(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (token, choice) pairs sorted by expert: tokens `(pairs,)` int64, weights `(pairs, 1)` float32."""
+        order = self.chosen.flatten().argsort(stable=True)
+        return order // self.chosen.shape[1], self.weights.flatten()[order].unsqueeze(-1)
+
+
 class KimiK26Experts(nn.ModuleList):
-    """The routed experts of one layer, each a [`KimiK26MLP`] under its number."""
+    """The routed experts of one layer, each a [`KimiK26MLP`] under its number.
+
+    They may live on several devices: each computes its share of every token's sum at the same time as the others.
+    """
 
     def __init__(self, config: KimiK26TextConfig):
         sizes = (config.hidden_size, config.moe_intermediate_size, config.int4_group_size)
@@ -176,6 +226,8 @@ class KimiK26Experts(nn.ModuleList):
         hidden, width, group = sizes
         self.has_cpu_layout = group is not None and CpuInt4.fits(2 * width, group) and CpuInt4.fits(hidden, group)
         self.store = ExpertStore()  # one for all layers, once the model is whole
+        # Which experts compute where: (device, their numbers); `None` is wherever the tokens are.
+        self.shares: list[tuple[torch.device | None, Sequence[int]]] = [(None, range(len(self)))]
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """The weighted sum of each token's experts, added up in float32 (float64 in float64).
@@ -187,21 +239,41 @@ class KimiK26Experts(nn.ModuleList):
         Returns:
             `torch.Tensor` of shape `(tokens, hidden_size)` in the dtype of `x`.
         """
-        if x.shape[0] == 1:
-            outs = torch.cat([self.run(number, x) for number in chosen[0].tolist()])
-            return (weights @ outs.to(weights.dtype)).to(x.dtype)
-        # Sort the (token, choice) pairs by expert, so that each expert sees its tokens as one matrix.
-        by_expert = chosen.flatten().argsort(stable=True)
-        tokens, factors = by_expert // chosen.shape[1], weights.flatten()[by_expert].unsqueeze(-1)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self)).tolist()
-        total, start = torch.zeros_like(x, dtype=at_least_float32(x.dtype)), 0
-        for number, count in enumerate(counts):
-            if count:
-                rows = tokens[start : start + count]
-                out = self.run(number, x[rows]).to(total.dtype)
-                total = total.index_add(0, rows, out * factors[start : start + count])
-                start += count
+        routing = Routing(weights, chosen, len(self))
+        # All is sent out before the first product starts: a copy waits for what its device has been given before.
+        sent = []
+        for device, numbers in self.shares:
+            device = x.device if device is None else device
+            sent.append((numbers, x.to(device, non_blocking=True), routing.to(device)))
+        parts = [self.share(*one) for one in sent]
+        total = parts[0].to(x.device, non_blocking=True)
+        for part in parts[1:]:
+            total = total + part.to(x.device, non_blocking=True)
         return total.to(x.dtype)
+
+    def share(self, numbers: Sequence[int], x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """What the experts `numbers` add to each token's sum, `(tokens, hidden_size)` float32 (float64 in float64)."""
+        dtype = at_least_float32(x.dtype)
+        if x.shape[0] == 1:
+            places = [place for place, number in enumerate(routing.picked[0]) if number in numbers]
+            if not places:
+                return torch.zeros_like(x, dtype=dtype)
+            outs = torch.cat([self.run(routing.picked[0][place], x) for place in places])
+            weights = routing.weights
+            if len(places) < weights.shape[1]:
+                weights = torch.cat([weights[:, place : place + 1] for place in places], dim=1)
+            return weights @ outs.to(dtype)
+        # Each expert sees its tokens as one matrix.
+        tokens, factors = routing.by_expert()
+        total = torch.zeros_like(x, dtype=dtype)
+        ends = list(accumulate(routing.counts))
+        for number in numbers:
+            count, end = routing.counts[number], ends[number]
+            if count:
+                rows = tokens[end - count : end]
+                out = self.run(number, x[rows]).to(dtype)
+                total = total.index_add(0, rows, out * factors[end - count : end])
+        return total
 
     def run(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """One expert on its rows, by the fastest way there is for them."""
