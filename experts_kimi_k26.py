@@ -1,7 +1,7 @@
 """Router and experts: which feed-forward networks a token passes through, their products, and where experts live."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from functools import cached_property
 from itertools import accumulate
 
@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .quantization_kimi_k26 import CpuInt4, KeepDtype, KimiK26Int4Linear
+from .quantization_kimi_k26 import CpuInt4, KeepDtype, KimiK26Int4Linear, int4_linear
 
 
 # Up to this many rows the CPU's INT4 product is faster than unpacking the words and multiplying.
 FEW_ROWS = 48
+ALIGNMENT = 16  # bytes, of the tensors inside one piece of memory: the widest loads of a kernel
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -98,6 +99,8 @@ class ExpertStore:
     Args:
         budget (`int`, *optional*): bytes; without one, everything that was ever used stays.
 
+    Experts that compute on an accelerator have a store of their own there, with its own budget and counts: see [`on`].
+
     Attributes:
         hits, misses (`int`): how often an expert was there, or had to be made.
         bytes_moved (`int`): bytes of the layouts made.
@@ -108,19 +111,25 @@ class ExpertStore:
 
     def __init__(self, budget: int | None = None):
         self.budget = budget
+        self.elsewhere: dict[torch.device, ExpertStore] = {}
         self.clear()
+
+    def on(self, device: torch.device) -> "ExpertStore":
+        """The store of what is held on a device; this one is that of main memory."""
+        if device.type == "cpu":
+            return self
+        return self.elsewhere.setdefault(device, ExpertStore())
 
     def clear(self):
         """Drop everything and begin to count anew."""
+        for other in self.elsewhere.values():
+            other.clear()
         self.hits = self.misses = self.bytes_moved = self.bytes_held = 0
         self._kept: OrderedDict = OrderedDict()  # key -> (stamp, layout), least recently used first
         self._asked: Counter = Counter()
 
-    def __deepcopy__(self, memo):
-        return ExpertStore(self.budget)  # a copy of the model makes its own
-
-    def __reduce__(self):
-        return ExpertStore, (self.budget,)
+    def __reduce__(self):  # a copy, of the model or in a file, makes its own layouts
+        return ExpertStore, (self.budget,), {"elsewhere": self.elsewhere}
 
     def get(self, key, stamp, make: Callable):
         """The layout under `key`; made by `make()` where it is not there or was made of other tensors (`stamp`)."""
@@ -169,6 +178,45 @@ class CpuExpert:
         return self.down(F.silu(gate) * up)
 
 
+class DeviceExpert:
+    """A routed expert's weights on another device, as they are in the checkpoint, in one piece of its memory.
+
+    Args:
+        expert ([`KimiK26MLP`]): with its weights in main memory, best of all page-locked.
+        device (`torch.device`): where they go; nobody waits for them to arrive.
+    """
+
+    def __init__(self, expert: KimiK26MLP, device: torch.device):
+        projections = (expert.gate_proj, expert.up_proj, expert.down_proj)
+        names = ("weight_packed", "weight_scale") if type(projections[0]) is KimiK26Int4Linear else ("weight",)
+        self.linear = int4_linear if len(names) > 1 else F.linear
+        parts = [[getattr(projection, name).detach() for name in names] for projection in projections]
+        places = list(accumulate((_aligned(part.nbytes) for each in parts for part in each), initial=0))
+        self.nbytes = held_bytes(places[-1])
+        piece, places = torch.empty(self.nbytes, dtype=torch.uint8, device=device), iter(places)
+
+        def send(part):
+            at = next(places)
+            there = piece[at : at + part.nbytes].view(part.dtype).view(part.shape)
+            return there.copy_(part, non_blocking=True)
+
+        self.weights = [[send(part) for part in each] for each in parts]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up, down = self.weights
+        return self.linear(F.silu(self.linear(x, *gate)) * self.linear(x, *up), *down)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def held_bytes(nbytes: int) -> int:
+    """What `nbytes` take on an accelerator: PyTorch gives out large pieces of memory in units of 2 MiB."""
+    unit = 2**21 if nbytes >= 2**20 else 2**9
+    return -(-nbytes // unit) * unit
+
+
 class Routing:
     """Which tokens go to which experts of a layer, and with what weights.
 
@@ -197,7 +245,7 @@ class Routing:
 
     @cached_property
     def _picked(self):
-        return self.chosen.tolist()
+        return self.chosen.cpu().tolist()
 
     @property
     def counts(self) -> list[int]:
@@ -206,7 +254,7 @@ class Routing:
 
     @cached_property
     def _counts(self):
-        return torch.bincount(self.chosen.flatten(), minlength=self.experts).tolist()
+        return torch.bincount(self.chosen.flatten(), minlength=self.experts).cpu().tolist()
 
     def by_expert(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The (token, choice) pairs sorted by expert: tokens `(pairs,)` int64, weights `(pairs, 1)` float32."""
@@ -227,14 +275,18 @@ class KimiK26Experts(nn.ModuleList):
         self.has_cpu_layout = group is not None and CpuInt4.fits(2 * width, group) and CpuInt4.fits(hidden, group)
         self.store = ExpertStore()  # one for all layers, once the model is whole
         # Which experts compute where: (device, their numbers); `None` is wherever the tokens are.
-        self.shares: list[tuple[torch.device | None, Sequence[int]]] = [(None, range(len(self)))]
+        self.shares: list[tuple[torch.device | None, Collection[int]]] = [(None, range(len(self)))]
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, beside: Callable | None = None
+    ) -> torch.Tensor:
         """The weighted sum of each token's experts, added up in float32 (float64 in float64).
 
         Args:
             x (`torch.Tensor` of shape `(tokens, hidden_size)`).
             weights (`torch.Tensor` of shape `(tokens, top_k)`, float32), chosen (same shape, int64).
+            beside (`Callable`, *optional*): a network that every token passes through (the shared expert): it is put to
+                work before the shares of other devices are waited for, and its result added.
 
         Returns:
             `torch.Tensor` of shape `(tokens, hidden_size)` in the dtype of `x`.
@@ -246,12 +298,13 @@ class KimiK26Experts(nn.ModuleList):
             device = x.device if device is None else device
             sent.append((numbers, x.to(device, non_blocking=True), routing.to(device)))
         parts = [self.share(*one) for one in sent]
+        every = beside(x) if beside is not None else None
         total = parts[0].to(x.device, non_blocking=True)
         for part in parts[1:]:
             total = total + part.to(x.device, non_blocking=True)
-        return total.to(x.dtype)
+        return total.to(x.dtype) if every is None else total.to(x.dtype) + every
 
-    def share(self, numbers: Sequence[int], x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def share(self, numbers: Collection[int], x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """What the experts `numbers` add to each token's sum, `(tokens, hidden_size)` float32 (float64 in float64)."""
         dtype = at_least_float32(x.dtype)
         if x.shape[0] == 1:
@@ -279,15 +332,38 @@ class KimiK26Experts(nn.ModuleList):
         """One expert on its rows, by the fastest way there is for them."""
         expert = self[number]
         projections = (expert.gate_proj, expert.up_proj, expert.down_proj)
-        own = all(type(p) is KimiK26Int4Linear and not hasattr(p, "_hf_hook") for p in projections)
+        as_built = all(type(p) in (nn.Linear, KimiK26Int4Linear) and not hasattr(p, "_hf_hook") for p in projections)
+        own = as_built and type(projections[0]) is KimiK26Int4Linear
         few = x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
         if few and own and self.has_cpu_layout and not (torch.is_grad_enabled() and x.requires_grad):
             stamp = tuple((p.weight_packed.data_ptr(), p.weight_packed._version) for p in projections)
             return self.store.get((id(self), number), stamp, lambda: self._prepare(expert))(x)
+        if self._lies_elsewhere(expert, x.device):
+            trained = torch.is_grad_enabled() and any(p.requires_grad for p in expert.parameters())
+            if as_built and not trained:
+                return self.fetch(number, x.device)(x)
+            there = {name: p.to(x.device) for name, p in expert.named_parameters()}  # gradients find their way back
+            return torch.func.functional_call(expert, there, (x,))
         out = expert(x)
         if own:
             release(expert)
         return out
+
+    @staticmethod
+    def _lies_elsewhere(expert: nn.Module, device: torch.device) -> bool:
+        """Whether the weights are in main memory, and the tokens are not: the library's hooks see to all else."""
+        return device.type != "cpu" and next(expert.parameters()).device.type == "cpu" and not hasattr(expert, "_hf_hook")
+
+    def fetch(self, number: int, device: torch.device) -> DeviceExpert:
+        """An expert's weights on an accelerator, from the store there."""
+        expert = self[number]
+        stamp = tuple((p.data_ptr(), p._version) for p in expert.parameters())
+        return self.store.on(device).get((id(self), number), stamp, lambda: self._send(expert, device))
+
+    def _send(self, expert: KimiK26MLP, device: torch.device) -> DeviceExpert:
+        sent = DeviceExpert(expert, device)
+        release(expert)  # a copy out of a file has been read by now
+        return sent
 
     def _prepare(self, expert: KimiK26MLP) -> CpuExpert:
         prepared = CpuExpert(expert)
@@ -310,7 +386,5 @@ class KimiK26MoE(nn.Module):
         """`(batch, length, hidden_size)` → the same, and the router's logits `(batch * length, experts)` float32."""
         flat = x.flatten(0, 1)
         logits, weights, chosen = self.gate(flat)
-        out = self.experts(flat, weights, chosen)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(flat)
+        out = self.experts(flat, weights, chosen, self.shared_experts)
         return out.view_as(x), logits

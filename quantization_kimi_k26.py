@@ -102,6 +102,15 @@ class _Int4Product(torch.autograd.Function):
         return grad @ dequantize_int4(words, scale, grad.dtype), None, None
 
 
+def int4_linear(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T`, `(..., inputs)` → `(..., outputs)`; gradients flow to `x`.
+
+    Args:
+        x (`torch.Tensor`, floating point), words, scale: as [`dequantize_int4`] takes them.
+    """
+    return _Int4Product.apply(x, words, scale)
+
+
 class CpuInt4:
     """A weight in the layout of PyTorch's own INT4 product for CPUs: for few rows, bounded by reading the words.
 
@@ -185,7 +194,7 @@ class KimiK26Int4Linear(KeepDtype):
         return dequantize_int4(self.weight_packed, self.weight_scale, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Int4Product.apply(x, self.weight_packed, self.weight_scale)
+        return int4_linear(x, self.weight_packed, self.weight_scale)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"

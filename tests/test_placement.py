@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kimi_k26 import KimiK26Config
-from kimi_k26.experts_kimi_k26 import KimiK26MoE, Routing
+from kimi_k26.experts_kimi_k26 import DeviceExpert, KimiK26MoE, Routing, held_bytes
 from kimi_k26.tests.tiny_models import config_dict, fill
 
 
@@ -69,3 +69,18 @@ def test_routing_asks_its_device_once():
     assert there.counts == routing.counts == [1, 2, 0, 1] and Counting.asked == 1
     assert there.picked == routing.picked == [[0, 1], [3, 1]] and Counting.asked == 2
     assert routing.to(torch.device("cpu")) is routing
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@torch.no_grad()
+def test_an_expert_in_one_piece_of_memory(quantized):
+    expert, x = random_moe(quantized=quantized).experts[3], torch.randn(4, 32)
+    sent = DeviceExpert(expert, CPU)
+    assert torch.equal(sent(x), expert(x))
+    stored = sum(p.nbytes for n, p in expert.named_parameters() if not n.endswith("weight_shape"))
+    assert stored <= sent.nbytes < stored + 2**9 + 6 * 16
+    assert len({part.untyped_storage().data_ptr() for each in sent.weights for part in each}) == 1
+
+
+def test_memory_on_an_accelerator_comes_in_units():
+    assert [held_bytes(n) for n in (0, 1, 512, 513, 2**20, 24_772_608)] == [0, 512, 512, 1024, 2**21, 12 * 2**21]
