@@ -8,7 +8,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from .dialogues import GRID, STEP, Case, film_clips, random_case, render
+from .dialogues import GRID, STEP, Case, film_clips, random_case, random_sight, render
 from .drawing import COLOURS, MOVES, SHAPES, Film, draw, draw_frame
 
 PATCH = 14
@@ -126,18 +126,31 @@ def collate(coded: list[tuple[Case, list[int], list[int]]], encoding: tiktoken.E
     pad = encoding.encode_single_token("[PAD]")
     ids = torch.full((len(coded), length), pad)
     labels = torch.full((len(coded), length), IGNORED)
+    for row, (_, one, label) in enumerate(coded):
+        ids[row, : len(one)] = torch.tensor(one)
+        labels[row, : len(label)] = torch.tensor(label)
+    clips, sights = collate_media([item for case, _, _ in coded for item in case.media])
+    return Batch(ids, labels, [case.skill for case, _, _ in coded], clips, sights)
+
+
+def collate_media(items: list) -> tuple[dict, torch.Tensor]:
+    """`clips` and `sights` of a batch with these pictures and films."""
     groups: dict[tuple, tuple[list, list]] = {}
     sights = [np.zeros((0, len(SIGHTS)), np.int64)]
     start = 0
-    for row, (case, one, label) in enumerate(coded):
-        ids[row, : len(one)] = torch.tensor(one)
-        labels[row, : len(label)] = torch.tensor(label)
-        for item in case.media:
-            sights.append(sights_of(item))
-            for grid, patches in media_clips(item):
-                pixels, starts = groups.setdefault(grid, ([], []))
-                pixels.append(patches)
-                starts.append(start)
-                start += grid[1] * grid[2] // 4
+    for item in items:
+        sights.append(sights_of(item))
+        for grid, patches in media_clips(item):
+            pixels, starts = groups.setdefault(grid, ([], []))
+            pixels.append(patches)
+            starts.append(start)
+            start += grid[1] * grid[2] // 4
     clips = {grid: (torch.from_numpy(np.stack(pixels)), starts) for grid, (pixels, starts) in groups.items()}
-    return Batch(ids, labels, [case.skill for case, _, _ in coded], clips, torch.from_numpy(np.concatenate(sights)))
+    return clips, torch.from_numpy(np.concatenate(sights))
+
+
+def make_sights(seed: int, step: int, rank: int, count: int) -> Batch:
+    """Pictures and films that nobody talks about, to learn seeing from: a batch without dialogues."""
+    rng = Random(f"sights {seed}/{step}/{rank}")
+    clips, sights = collate_media([random_sight(rng) for _ in range(count)])
+    return Batch(torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64), [], clips, sights)

@@ -13,7 +13,7 @@ from kimi_k26.image_processing_kimi_k26 import choose_frames, timestamp
 from kimi_k26.tool_declaration_kimi import encode_tools_to_typescript
 
 from . import tool_talk
-from .drawing import COLOURS, SHAPES, Film, Scene, random_film, random_scene
+from .drawing import COLOURS, SHAPES, Film, Scene, random_film, random_scene, side
 
 KIMI = "You are Kimi, an AI assistant created by Moonshot AI."
 SYSTEMS = (KIMI, KIMI, KIMI, "You are a helpful assistant.", "You are Kimi.", "你是 Kimi，由月之暗面创造的人工智能助手。")
@@ -400,6 +400,18 @@ def describe_film(rng: Random) -> Case:
     messages = _ask(rng, rng.choice(FILM_QUESTIONS_ZH if chinese else FILM_QUESTIONS), [film])
     messages.append(_answer(reply + ("。" if chinese else "."), thought))
     return Case("film", messages, expect, thinking)
+
+
+def random_sight(rng: Random):
+    """A picture or a film of the kinds that the dialogues show."""
+    if rng.random() < 0.8:
+        kinds = random_kinds(rng, rng.choice((1, 1, 1, 2, 2, 3, 4, 5)), distinct=False)
+        return random_scene(rng, kinds, None if len(kinds) > 2 else (side(rng, 56, 112), side(rng, 56, 112)))
+    seconds = rng.randint(1, 3)
+    kinds = random_kinds(rng, rng.randint(1, 2))
+    move = rng.choice(("left", "right", "up", "down", None))
+    appears = rng.randint(1, 2 * seconds - 1) / 2 if len(kinds) > 1 and seconds > 1 else None
+    return random_film(rng, kinds, seconds, move, appears)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------

@@ -235,9 +235,12 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, gradients: dict[str, torch.Tensor], factor: float) -> None:
-        """One step along `gradients` (float32), rates times `factor`."""
+        """One step along `gradients` (float32), rates times `factor`. What has no gradient stays as it is."""
         self.steps += 1
         for (rows, columns), names in self.matrices.items():
+            names = [name for name in names if name in gradients]
+            if not names:
+                continue
             wide = []
             for name in names:
                 moment = self.moment[name].lerp_(gradients[name], 0.05)
@@ -250,6 +253,8 @@ class Optimizer:
                 master.sub_(direction.view_as(master), alpha=rate * max(1, rows / columns) ** 0.5)
         first, second = 0.9, 0.98
         for name in self.others:
+            if name not in gradients:
+                continue
             rate = self.rates[name] * factor
             gradient = gradients[name]
             moment, square = self.moment[name].lerp_(gradient, 1 - first), self.second[name]

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
 
-from .batches import make_batches
+from .batches import make_batches, make_sights
 from .dialogues import easy_case, random_case
 from .learning import (
     Optimizer,
@@ -23,7 +23,9 @@ from .learning import (
     balance_loss,
     float_attention,
     forward,
+    media_features,
     moe_layers,
+    sight_loss,
     start_weights,
 )
 from .settings import model_config
@@ -31,6 +33,8 @@ from .vocabulary import encoding
 
 WARMUP, DECAY_FROM, INT4_FROM = 30, 0.6, 0.5  # steps; shares of the run
 EASY_STEPS = 500  # with dialogues of `easy_case`
+SIGHTS_PER_STEP = 64  # pictures and films of a step before the dialogues begin, in each process
+SEEING = ("vision_tower", "mm_projector", "sight")  # the parts that learn then
 SIGHT_WEIGHT = 0.5  # of the loss that reads figures off media tokens, beside the words' own
 BIAS_STEP = 2e-3  # by which the correction bias moves, at full learning rate
 SAVE_EVERY = 180  # seconds
@@ -142,12 +146,21 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
         if stop:
             break
         optimizer.int4 = progress >= INT4_FROM
-        factor = rate_factor(step, progress)
-        make = easy_case if step < EASY_STEPS else random_case
-        batches = make_batches(coder, options.seed, step, rank, options.rows, options.parts, make)
+        talking = step - options.seeing  # steps since dialogues began
+        factor = rate_factor(max(talking, 0), progress) if talking >= 0 else rate_factor(step, 0)
+        make = easy_case if talking < EASY_STEPS else random_case
+        if talking < 0:
+            batches = [make_sights(options.seed, step, rank, SIGHTS_PER_STEP)]
+        else:
+            batches = make_batches(coder, options.seed, step, rank, options.rows, options.parts, make)
         words = sum(int((batch.labels >= 0).sum()) for batch in batches)
         media = sum(len(batch.sights) for batch in batches)
         for batch in batches:
+            if talking < 0:
+                loss = sight_loss(model, media_features(model, batch), batch.sights)
+                loss.backward()
+                sights.append(float(loss.detach()))
+                continue
             logits, labels, rows, routers, seen = forward(model, batch, first + 21, first + 255, options.aux_loss_alpha > 0)
             losses = F.cross_entropy(logits, labels, reduction="none")
             loss = losses.sum() / words + SIGHT_WEIGHT * len(batch.sights) / max(1, media) * seen
@@ -158,12 +171,13 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
                 sights.append(float(seen.detach()))
             scores.add(batch.skills, rows, losses.detach(), logits.argmax(-1) == labels)
         # One message for all gradients and the experts' loads.
-        sent = [torch.zeros_like(optimizer.master[n]) if p.grad is None else p.grad.float() for n, p in optimizer.live.items()]
+        learning = {n: p for n, p in optimizer.live.items() if talking >= 0 or n.startswith(SEEING)}
+        sent = [torch.zeros_like(optimizer.master[n]) if p.grad is None else p.grad.float() for n, p in learning.items()]
         sizes = [part.numel() for part in sent]
         flat = torch.cat([*(part.flatten() for part in sent), *(layer.experts.load for layer in layers)])
         dist.all_reduce(flat)
         *parts, loads = flat.split([*sizes, len(flat) - sum(sizes)])
-        gradients = {n: (part / world).view_as(p) for (n, p), part in zip(optimizer.live.items(), parts)}
+        gradients = {n: (part / world).view_as(p) for (n, p), part in zip(learning.items(), parts)}
         norm = torch.sqrt(sum(part.square().sum() for part in parts)) / world
         if norm > 1:
             for gradient in gradients.values():
@@ -174,7 +188,8 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
         for layer, load in zip(layers, loads.view(len(layers), -1)):
             # Auxiliary-loss-free balance (DeepSeek-V3, section 2.1.2): too little work, a better chance; and back.
             layer.gate.e_score_correction_bias.data += BIAS_STEP * max(factor, 0.1) * torch.sign(load.mean() - load)
-            layer.seen = 0.98 * getattr(layer, "seen", load) + 0.02 * load
+            if talking >= 0:
+                layer.seen = 0.98 * getattr(layer, "seen", load) + 0.02 * load
             layer.experts.load.zero_()
         step += 1
         bar.update()

@@ -2,7 +2,7 @@
 
 from kimi_k26.cli.tiny import INT4_EXPERTS, SPECIAL_IDS, YARN
 
-HIDDEN, VISION = 128, 96
+HIDDEN, VISION = 128, 128
 
 
 def model_config(ranks: int, quantized: bool) -> dict:
@@ -51,7 +51,7 @@ def model_config(ranks: int, quantized: bool) -> dict:
         "init_pos_emb_time": 4,
         "merge_kernel_size": [2, 2],
         "vt_hidden_size": VISION,
-        "vt_intermediate_size": 256,
+        "vt_intermediate_size": 384,
         "vt_num_attention_heads": 4,
         "vt_num_hidden_layers": 3,
         "mm_hidden_size": VISION,
