@@ -12,7 +12,7 @@ class BuildPackage(build_py):
 
 
 setup(
-    packages=["kimi_k26", "kimi_k26.cli"],
+    packages=["kimi_k26", "kimi_k26.cli", "kimi_k26.cli.serve"],
     package_dir={"kimi_k26": "."},
     package_data={"kimi_k26": ["chat_template.jinja"]},
     cmdclass={"build_py": BuildPackage},

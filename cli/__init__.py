@@ -9,6 +9,7 @@ COMMANDS = {
     "check": "judge every file of a checkpoint folder without loading it",
     "demo": "a small checkpoint answers about pictures, videos, numbers and tools",
     "quantize": "write a checkpoint with INT4 experts, or an INT4 one with plain weights",
+    "serve": "answer many users at once over HTTP, as OpenAI's API does",
 }
 
 
