@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .chat_kimi import RenderedChat, check_messages, is_batch_of_chats, render_chats
 from .image_processing_kimi_k26 import (
     MEDIA_KEYS,
     EncodedMedia,
@@ -26,6 +27,7 @@ from .image_processing_kimi_k26 import (
     nest,
     spread_fps,
 )
+from .response_kimi import parse_response
 from .tokenization_kimi import TikTokenTokenizer
 
 # Version 4 of the library copies from a local folder only those modules that the loaded one names itself, and not what
@@ -132,34 +134,29 @@ class KimiK26Processor(ProcessorMixin):
         items = [MediaItem("image", one, None, f"images[{at}]") for at, one in enumerate(pictures)]
         items += [MediaItem("video", one, fps, f"videos[{at}]") for at, (one, fps) in enumerate(zip(films, rates))]
         counts = {"image": picture_counts, "video": film_counts}
-        return self._build(texts, items, counts, options, return_tensors)
+        return self._build(None if texts is None else list(map(RenderedChat, texts)), items, counts, options, return_tensors)
 
-    def _build(self, texts, items, counts, options, return_tensors, spans=None) -> BatchFeature:
-        """Media items and texts to one batch. `counts`: number of items per text by kind, where the caller said it;
-        `spans`: character ranges of the assistant's words, per text, when a mask is wanted."""
-        if texts is None:
+    def _build(self, chats, items, counts, options, return_tensors) -> BatchFeature:
+        """Media items and prompts to one batch. `counts`: number of items per prompt by kind, where the caller said it."""
+        if chats is None:
             return BatchFeature(join([self._encode(item, options) for item in items]), tensor_type=return_tensors)
+        places = [_placeholders(chat) if items else [] for chat in chats]
         if items:
-            self._check_counts(texts, items, counts)
+            self._check_counts(places, items, counts)
         queues = {kind: iter([item for item in items if item.kind == kind]) for kind in ("image", "video")}
         encoded: list[EncodedMedia] = []
-        prompts, repeats = [], []  # text with one pad per clip; tokens of each pad
-        for at, text in enumerate(texts):
-            parts, tokens, done, moved = [], [], 0, []
-            for match in PLACEHOLDERS.finditer(text) if items else ():
-                media = self._encode(next(queues["image" if match.group() == MEDIA_PAD else "video"]), options)
+        prompts, repeats = [], []  # prompts with one pad per clip; tokens of each pad
+        for chat, found in zip(chats, places):
+            edits, tokens = [], []
+            for span, kind in found:
+                media = self._encode(next(queues[kind]), options)
                 clips = "".join(CLIP_TEXT.format(time=time) for time in media.timestamps) or MEDIA_PAD
-                parts += [text[done : match.start()], clips]
-                moved.append((match.start(), len(clips) - len(match.group())))
-                done = match.end()
+                edits.append((span, clips))
                 tokens += media.tokens
                 encoded.append(media)
-            prompts.append("".join([*parts, text[done:]]))
+            prompts.append(chat.replace(edits))
             repeats.append(tokens)
-            if spans is not None:
-                shift = [[sum(by for at_char, by in moved if at_char < edge) for edge in span] for span in spans[at]]
-                spans[at] = [(a + da, b + db) for (a, b), (da, db) in zip(spans[at], shift)]
-        data = self._tokenize(prompts, repeats if items else None, options, return_tensors, spans)
+        data = self._tokenize(prompts, repeats if items else None, options, return_tensors)
         if encoded:
             data.update(join(encoded))
         return BatchFeature(data, tensor_type=return_tensors)
@@ -170,9 +167,9 @@ class KimiK26Processor(ProcessorMixin):
                 return self.image_processor.encode_image(item.source, **options.images)
             return self.image_processor.encode_video(item.source, item.fps, **options.videos)
 
-    def _check_counts(self, texts: list[str], items: list[MediaItem], counts: dict[str, Optional[list[int]]]) -> None:
+    def _check_counts(self, places: list[list], items: list[MediaItem], counts: dict[str, Optional[list[int]]]) -> None:
         for kind, token in (("image", MEDIA_PAD), ("video", VIDEO_PLACEHOLDER)):
-            held = [text.count(token) for text in texts]
+            held = [sum(found == kind for _, found in places_of_text) for places_of_text in places]
             given = counts[kind] or [sum(item.kind == kind for item in items)]
             held = held if counts[kind] else [sum(held)]
             for at, (placeholders, number) in enumerate(zip(held, given)):
@@ -182,16 +179,22 @@ class KimiK26Processor(ProcessorMixin):
 
     # -- ids --------------------------------------------------------------------------------------------------------
 
-    def _tokenize(self, prompts, repeats, options, return_tensors, spans) -> dict[str, Any]:
+    def _tokenize(self, prompts: list[RenderedChat], repeats, options, return_tensors) -> dict[str, Any]:
         """Ids, cut and padded. `repeats`: tokens for each pad of each prompt, or None to leave pads alone."""
-        columns = dict(self.tokenizer(prompts, return_offsets_mapping=spans is not None, **options.tokenizer))
+        want_mask = any(prompt.spoken is not None for prompt in prompts)
+        columns = dict(
+            self.tokenizer(
+                [prompt.text for prompt in prompts],
+                control_texts=[prompt.control for prompt in prompts],
+                return_offsets_mapping=want_mask,
+                **options.tokenizer,
+            )
+        )
         columns.pop("attention_mask", None)
         columns.pop("length", None)
-        if spans is not None:
-            columns["assistant_masks"] = [
-                [int(any(first <= start < end <= last for first, last in ranges)) for start, end in offsets]
-                for offsets, ranges in zip(columns.pop("offset_mapping"), spans)
-            ]
+        if want_mask:
+            offsets = columns.pop("offset_mapping")
+            columns["assistant_masks"] = [prompt.spoken_mask(row) for prompt, row in zip(prompts, offsets)]
         pad = self.image_token_id
         for at, ids in enumerate(columns["input_ids"]):
             expected = sum(repeats[at]) if repeats else 0
@@ -254,6 +257,7 @@ class KimiK26Processor(ProcessorMixin):
         return_tensors: Optional[str] = None,
         return_dict: bool = False,
         processor_kwargs: Optional[dict] = None,
+        sanitize_control_tokens: bool = True,
         **kwargs,
     ):
         """Messages, with their pictures and videos, to a prompt (`tokenize=False`), its ids, or with `return_dict=True`
@@ -268,40 +272,42 @@ class KimiK26Processor(ProcessorMixin):
                 a generation prompt is added by default.
             return_assistant_tokens_mask: also gives `assistant_masks`, 1 on what the assistant wrote.
             processor_kwargs: arguments of `__call__`, which may also be given directly.
+            sanitize_control_tokens: only the template speaks control: special tokens and placeholders of media written in
+                the messages become ids of ordinary text. False reads them wherever they stand, as published.
             kwargs: `thinking`, `preserve_thinking` and variables of the template; arguments of `__call__`.
 
-        Raises `MediaError` and `ValueError` naming the conversation (in a batch), message and part.
+        Raises `MediaError`, `ValueError` and `TypeError` naming the conversation (in a batch), message and part.
         """
-        if not isinstance(conversation, (list, tuple)) or not conversation:
-            raise ValueError("conversation must be a list of messages, or a list of such lists, and not empty")
-        is_batch = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-        conversations = [getattr(one, "messages", one) for one in conversation] if is_batch else [conversation]
+        conversations, is_batch = check_messages(conversation), is_batch_of_chats(conversation)
         call = {key: kwargs.pop(key) for key in list(kwargs) if key in CALL_KEYS}
         call.update(processor_kwargs or {})
         return_tensors = call.pop("return_tensors", return_tensors)
         return_tensors = None if return_tensors == "auto" else return_tensors  # version 5's "as the processor likes"
-        if add_generation_prompt is None:
-            add_generation_prompt = not (continue_final_message or return_assistant_tokens_mask)
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise ValueError("return_assistant_tokens_mask=True needs tokenize=True and return_dict=True")
 
         light, items, counts = self._take_media(conversations, is_batch)
         if tokenize:
             self._fill_empty(items, call)
-        rendering = {
-            "chat_template": self._template(chat_template),
-            "tools": tools,
-            "documents": documents,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
+        chats = render_chats(
+            self.tokenizer,
+            light if is_batch else light[0],
+            chat_template=self._template(chat_template),
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tokenize=tokenize,
+            sanitize_control_tokens=sanitize_control_tokens,
+            want_spoken=return_assistant_tokens_mask,
+            placeholders=(VIDEO_PLACEHOLDER,) if items else (),
             **kwargs,
-        }
-        texts = self.tokenizer.apply_chat_template(light, tokenize=False, **rendering)
+        )
         if not tokenize:
+            texts = [chat.text for chat in chats]
             return texts if is_batch else texts[0]
-        spans = self._assistant_spans(light, texts, rendering) if return_assistant_tokens_mask else None
         options = self._sort_options({"add_special_tokens": False, **call})
-        output = self._build(texts, items, counts, options, return_tensors, spans)
+        output = self._build(chats, items, counts, options, return_tensors)
         return output if return_dict else output["input_ids"]
 
     def _template(self, name_or_template: Optional[str]) -> Optional[str]:
@@ -313,23 +319,6 @@ class KimiK26Processor(ProcessorMixin):
                 raise ValueError(f"say which chat_template to use: there is no default among {sorted(ours)}")
             return ours.get(name, name_or_template)
         return ours if name_or_template is None else name_or_template
-
-    def _assistant_spans(self, conversations, texts, rendering) -> list[list[tuple[int, int]]]:
-        """Character ranges of the assistant's words in the rendered texts, from the mask the tokenizer makes."""
-        masked = self.tokenizer.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **rendering
-        )
-        offsets = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        spans = []
-        for row, mask in zip(offsets, masked["assistant_masks"]):
-            ranges: list[tuple[int, int]] = []
-            for (start, end), own in zip(row, mask):
-                if own and ranges and start <= ranges[-1][1]:
-                    ranges[-1] = (ranges[-1][0], max(end, ranges[-1][1]))
-                elif own:
-                    ranges.append((start, end))
-            spans.append(ranges)
-        return spans
 
     def _take_media(self, conversations, is_batch: bool):
         """Splits messages and media: (messages without the data, items in order, numbers per conversation)."""
@@ -429,6 +418,12 @@ class KimiK26Processor(ProcessorMixin):
         """Ids that `generate` gave, (batch, length) or (length,), to texts."""
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
+    def parse_response(self, text_or_ids, thinking: bool = True) -> dict[str, Any]:
+        """A reply, as text or ids and without its prompt, to `reasoning`, `content` and `tool_calls`: see `response_kimi`.
+
+        `thinking` as in `apply_chat_template`."""
+        return parse_response(text_or_ids, thinking, self.tokenizer)
+
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
         # The library would go through its Auto classes, which need remote code to be trusted even when this very file
@@ -490,6 +485,15 @@ def _rates(fps: Any, metadata: Any) -> Any:
         return fps
     entries = metadata if isinstance(metadata, (list, tuple)) else [metadata]
     return [entry.get("fps") if isinstance(entry, dict) else getattr(entry, "fps", None) for entry in entries]
+
+
+def _placeholders(chat: RenderedChat) -> list[tuple[tuple[int, int], str]]:
+    """Where the pictures and videos of a prompt go, and which of the two; in a rendered chat where its template says."""
+    if chat.control is None:
+        spans = [match.span() for match in PLACEHOLDERS.finditer(chat.text)]
+    else:
+        spans = [(start, end) for start, end in chat.control.ranges if PLACEHOLDERS.fullmatch(chat.text, start, end)]
+    return [((start, end), "image" if chat.text[start:end] == MEDIA_PAD else "video") for start, end in spans]
 
 
 def _kind(part: Any) -> Optional[str]:

@@ -6,6 +6,7 @@ Text goes to tiktoken in one piece and comes back in one piece: nothing here wor
 asks for tokens as strings.
 """
 
+import inspect
 import json
 import os
 import re
@@ -17,16 +18,20 @@ import tiktoken
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 from transformers.utils import logging
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from .tool_declaration_kimi import encode_tools_to_typescript, tool_schemas
+from .chat_kimi import ControlText, Range, describe, is_batch_of_chats, longest_first, render_chats
 from .vocabulary_kimi import SPLIT_PATTERN, printable, read_ranks, spelled, split_long_text, write_ranks
+
+# Version 4 of the library copies from a local folder only those modules that the loaded one names itself.
+from .tool_declaration_kimi import tool_schemas  # noqa: F401
 
 
 logger = logging.get_logger(__name__)
 
 VOCAB_FILES_NAMES = {"vocab_file": "tiktoken.model"}
 SPECIAL_ID_COUNT = 256
+# What a chat gives by default: ids in version 4, a dict in version 5.
+_RETURNS_DICT = inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters["return_dict"].default
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all bytes of a character but its first
 
 
@@ -134,9 +139,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         ]
         # tiktoken finds its own special tokens. Only where a user added others must the text be searched beforehand,
         # and then for all of them together, as the longest match wins.
-        names = {token.content for token in own} | set(known) if own else ()
-        longest_first = sorted(names, key=len, reverse=True)
-        self._added_pattern = re.compile("|".join(map(re.escape, longest_first))) if own else None
+        self._added_names = {token.content for token in own} | set(known)
+        self._added_pattern = longest_first(frozenset(self._added_names)) if own else None
 
     def _convert_token_to_id(self, token: str) -> int:
         return self._token_ids.get(token, self.unk_token_id)
@@ -170,15 +174,20 @@ class TikTokenTokenizer(PreTrainedTokenizer):
 
     # ---- Text → ids ----
 
-    def _segments(self, text: str, plain: bool) -> Iterator[tuple[list[int], int, int]]:
+    def _segments(self, text: str, plain: bool, control: ControlText | None = None) -> Iterator[tuple[list[int], int, int]]:
         """Ids of consecutive parts of `text` with the character range of each part."""
         if plain or self._added_pattern is None:
-            allowed = set() if plain else "all"
+            allowed = set() if plain or control else "all"
             start = 0
             for piece in split_long_text(text):
-                ids = self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
-                yield ids, start, start + len(piece)
-                start += len(piece)
+                end = start + len(piece)
+                # A token that was cut in two is none, here as elsewhere.
+                for first, last in control.within(start, end) if control and not plain else ():
+                    yield self._encoding.encode_ordinary(text[start:first]), start, first
+                    yield [self._token_ids[text[first:last]]], first, last
+                    start = last
+                yield self._encoding.encode(text[start:end], allowed_special=allowed, disallowed_special=()), start, end
+                start = end
             return
 
         def between(start, end):
@@ -186,10 +195,9 @@ class TikTokenTokenizer(PreTrainedTokenizer):
                 yield ids, start + first, start + last
 
         done = 0
-        for match in self._added_pattern.finditer(text):
-            index = self.convert_tokens_to_ids(match.group())
-            token = self._added_tokens_decoder.get(index, AddedToken(match.group()))
-            start, end = match.span()
+        for start, end in self._written_tokens(text, control):
+            index = self.convert_tokens_to_ids(text[start:end])
+            token = self._added_tokens_decoder.get(index, AddedToken(text[start:end]))
             alone = text[start - 1 : start] in ("", " ") and text[end : end + 1] in ("", " ")
             if start < done or (token.single_word and not alone):  # the token before may have taken leading spaces
                 continue
@@ -199,16 +207,36 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             done = len(text) - len(text[end:].lstrip()) if token.rstrip else end
         yield from between(done, len(text))
 
-    def _text_ids(self, text: str, plain: bool) -> list[int]:
-        segments = [ids for ids, _, _ in self._segments(text, plain)]
+    def _written_tokens(self, text: str, control: ControlText | None) -> Iterator[Range]:
+        """Where `text` holds tokens to look up: all of them, or with `control` the control tokens that it allows and
+        all that are none."""
+        if control is None:
+            yield from (match.span() for match in self._added_pattern.finditer(text))
+            return
+        ordinary, done = longest_first(frozenset(self._added_names - control.names)), 0
+        for start, end in [*control.ranges, (len(text), len(text))]:
+            yield from (match.span() for match in ordinary.finditer(text, done, start))
+            if start < end:
+                yield start, end
+            done = end
+
+    def control_tokens(self, chat_template: str = "") -> frozenset[str]:
+        """The tokens that words in a chat must not become: the 256 special ones, those a user added as special, and of
+        other added ones those that `chat_template` writes, unless they are plain words."""
+        added = self._added_tokens_decoder.values()
+        written = {t.content for t in added if t.content in chat_template and not t.content.strip().isalnum()}
+        return frozenset(written.union(self._encoding._special_tokens, (t.content for t in added if t.special)))
+
+    def _text_ids(self, text: str, plain: bool, control: ControlText | None = None) -> list[int]:
+        segments = [ids for ids, _, _ in self._segments(text, plain, control)]
         return segments[0] if len(segments) == 1 else [index for ids in segments for index in ids]
 
-    def _ids_and_offsets(self, text: str, plain: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    def _ids_and_offsets(self, text: str, plain: bool, control: ControlText | None = None) -> tuple[list[int], list[Range]]:
         """Ids of `text` and for each the range of characters it holds bytes of (several may share a character)."""
         # tiktoken replaces what UTF-8 cannot carry; doing it first keeps the counts right.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         all_ids, offsets = [], []
-        for ids, start, end in self._segments(text, plain):
+        for ids, start, end in self._segments(text, plain, control):
             all_ids += ids
             if len(ids) == 1:
                 offsets.append((start, end))
@@ -244,6 +272,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         """One text, or a list of texts or of pairs of texts → `input_ids` and `attention_mask`; ids stand for themselves.
 
         Arguments are the library's, and `return_offsets_mapping=True` works here: the character range of every token.
+        `control_texts`, one `chat_kimi.ControlText` per text, says which of its control tokens are read as such.
 
         Raises:
             TypeError: an input is neither text nor ids; names its index in the batch.
@@ -287,7 +316,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         verbose: bool = True,
         split_special_tokens: bool | None = None,
         allow_special_tokens: bool = True,
-        sanitize_control_tokens: bool = False,
+        control_texts: list[ControlText | None] | None = None,
         **kwargs,
     ) -> BatchEncoding:
         if kwargs:
@@ -298,28 +327,26 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         if return_attention_mask is None:
             return_attention_mask = "attention_mask" in self.model_input_names
 
-        def ids_of(given, name):
+        def ids_of(given, name, control=None):
             """Ids of one sequence, and its offsets where asked for and known."""
             if isinstance(given, str):
-                if sanitize_control_tokens:  # version 5: a rendered chat with marks in it
-                    from transformers.utils.chat_template_utils import encode_marked_chat
-
-                    return encode_marked_chat(self, given), None
-                return self._ids_and_offsets(given, plain) if return_offsets_mapping else (self._text_ids(given, plain), None)
+                if return_offsets_mapping:
+                    return self._ids_and_offsets(given, plain, control)
+                return self._text_ids(given, plain, control), None
             if isinstance(given, (list, tuple)):
                 if all(isinstance(item, int) for item in given):
                     return list(given), None
                 if is_split_into_words and all(isinstance(item, str) for item in given):
                     return [index for word in given for index in self._text_ids(word, plain)], None
             allowed = "a list of strings" if is_split_into_words else "a string, a pair of strings in a batch,"
-            raise TypeError(f"{name} must be {allowed} or a list of ids, not {_describe(given)}")
+            raise TypeError(f"{name} must be {allowed} or a list of ids, not {describe(given)}")
 
         sequences, is_batch = _as_batch(text, text_pair, is_split_into_words)
         columns: dict[str, list] = {"input_ids": []}
         all_offsets = []
         for index, (first, second) in enumerate(sequences):
             where = f"[{index}]" if is_batch else ""
-            first_ids, offsets = ids_of(first, f"text{where}")
+            first_ids, offsets = ids_of(first, f"text{where}", control_texts[index] if control_texts else None)
             second_ids = None if second is None else ids_of(second, f"text_pair{where}")[0]
             if return_offsets_mapping and (offsets is None or second is not None):
                 raise NotImplementedError("return_offsets_mapping is there for single texts, not for pairs, words or ids")
@@ -410,7 +437,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         except (KeyError, OverflowError, TypeError) as error:
             for position, index in enumerate(ids):
                 if not isinstance(index, (int, np.integer)):
-                    raise TypeError(f"token_ids[{position}] must be an integer, not {_describe(index)}") from error
+                    raise TypeError(f"token_ids[{position}] must be an integer, not {describe(index)}") from error
                 if not 0 <= index < len(self._tokens) and index not in self._late_tokens:
                     message = f"token_ids[{position}] is {index}, outside the vocabulary, 0 to {len(self) - 1}"
                     raise ValueError(message) from error
@@ -465,12 +492,22 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         continue_final_message: bool | str = False,
         tokenize: bool = True,
         *,
+        padding: bool | str | PaddingStrategy = False,
+        truncation: bool | str | TruncationStrategy = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool | None = None,
         return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
         thinking: bool | None = True,
         preserve_thinking: bool = False,
         **kwargs,
     ):
         """Messages → ids, or text with `tokenize=False`. The other arguments and the result are the library's.
+
+        Only the template speaks control: special tokens written in a message, a name, a tool's result or declaration, or a
+        further variable of the template (`kwargs`) become the ids of ordinary text. With `tokenize=False` nothing differs.
 
         Args:
             conversation: messages in OpenAI's form, or a list of such lists.
@@ -479,87 +516,55 @@ class TikTokenTokenizer(PreTrainedTokenizer):
                 `return_assistant_tokens_mask` is set.
             return_assistant_tokens_mask: also return `assistant_masks`, 1 on the tokens that are the assistant's own words
                 (reasoning, content, calls and the closing `<|im_end|>`), 0 elsewhere; implies `return_dict`.
+            sanitize_control_tokens: False restores the published behaviour, where special tokens written anywhere in the
+                chat become their ids: for messages that are trusted, such as replies put back with their markers.
             thinking: False asks for an answer without thinking and shows none of the earlier thinking.
             preserve_thinking: show the thinking of all earlier turns, not only of those after the last finished answer.
 
         Raises:
-            TypeError: `thinking` or `preserve_thinking` is not a bool, or a tool neither dict nor function.
-            ValueError: the conversation is empty, or there is no chat template.
+            TypeError: a flag is not a bool, a message no dict or its role no string (the error names the message), or a tool
+                neither dict nor function.
+            ValueError: the conversation is empty, or there is no chat template, or its own text cannot be told from the content.
         """
-        for name, flag in (("thinking", thinking), ("preserve_thinking", preserve_thinking)):
-            if flag is not None and not isinstance(flag, bool):
-                raise TypeError(f"{name} must be True, False or None, not {_describe(flag)}")
-        if isinstance(conversation, (list, tuple)) and not conversation:
-            raise ValueError("conversation is empty; give at least one message")
-        if add_generation_prompt is None:
-            add_generation_prompt = not (continue_final_message or return_assistant_tokens_mask)
-        if tools is not None:
-            tools = tool_schemas(tools)
-        if tools and "tools_ts_str" not in kwargs:
-            try:
-                kwargs["tools_ts_str"] = encode_tools_to_typescript(tools)
-            except ValueError as error:
-                logger.warning_once(f"The tools are shown as JSON: {error}")
-                kwargs["tools_ts_str"] = ""
-        arguments = {
-            "tools": tools,
-            "documents": documents,
-            "chat_template": chat_template,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            "thinking": thinking is not False,
-            "preserve_thinking": bool(preserve_thinking),
-            **kwargs,
-        }
-        if not return_assistant_tokens_mask:
-            return super().apply_chat_template(conversation, tokenize=tokenize, **arguments)
-        if not tokenize or not kwargs.get("return_dict", True) or continue_final_message:
-            raise ValueError(
-                "return_assistant_tokens_mask=True needs tokenize=True, return_dict=True and no continue_final_message"
-            )
-        return self._chat_with_assistant_mask(conversation, **arguments)
-
-    def _chat_with_assistant_mask(
-        self,
-        conversation,
-        chat_template=None,
-        tools=None,
-        padding=False,
-        truncation=False,
-        max_length=None,
-        return_tensors=None,
-        return_dict=True,
-        tokenizer_kwargs=None,
-        sanitize_control_tokens=False,
-        **template_kwargs,
-    ) -> BatchEncoding:
-        # The library reads token positions from fast tokenizers only; here they come from the offsets.
-        if sanitize_control_tokens:
-            raise ValueError("sanitize_control_tokens=True does not go with return_assistant_tokens_mask=True")
-        is_batch = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-        texts, spans = render_jinja_template(
-            conversations=conversation if is_batch else [conversation],
+        if return_assistant_tokens_mask and not (tokenize and return_dict in (None, True)):
+            raise ValueError("return_assistant_tokens_mask=True needs tokenize=True and return_dict=True")
+        chats = render_chats(
+            self,
+            conversation,
             tools=tools,
-            chat_template=self.get_chat_template(chat_template, tools),
-            return_assistant_tokens_mask=True,
-            **{**self.special_tokens_map, **template_kwargs},
+            documents=documents,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tokenize=tokenize,
+            sanitize_control_tokens=sanitize_control_tokens,
+            want_spoken=return_assistant_tokens_mask,
+            thinking=thinking,
+            preserve_thinking=preserve_thinking,
+            **kwargs,
         )
+        texts, is_batch = [chat.text for chat in chats], is_batch_of_chats(conversation)
+        if not tokenize:
+            return texts if is_batch else texts[0]
         encoded = self(
             texts,
             padding=padding,
             truncation=truncation,
             max_length=max_length,
             add_special_tokens=False,
-            return_offsets_mapping=True,
+            return_offsets_mapping=return_assistant_tokens_mask,
+            return_tensors=None if return_assistant_tokens_mask else return_tensors,
+            control_texts=[chat.control for chat in chats],
             **(tokenizer_kwargs or {}),
         )
-        encoded["assistant_masks"] = [
-            [int(any(first <= start < end <= last for first, last in ranges)) for start, end in offsets]
-            for offsets, ranges in zip(encoded.pop("offset_mapping"), spans)
-        ]
+        if return_assistant_tokens_mask:
+            encoded["assistant_masks"] = [chat.spoken_mask(row) for chat, row in zip(chats, encoded.pop("offset_mapping"))]
+            encoded = BatchEncoding(dict(encoded), tensor_type=return_tensors)
         if not is_batch and not return_tensors:
-            return BatchEncoding({key: value[0] for key, value in encoded.items()})
-        return BatchEncoding(dict(encoded), tensor_type=return_tensors)
+            encoded = BatchEncoding({key: value[0] for key, value in encoded.items()})
+        if return_dict is None:
+            return_dict = return_assistant_tokens_mask or _RETURNS_DICT
+        return encoded if return_dict else encoded["input_ids"]
 
 
 def _as_batch(text, text_pair, is_split_into_words: bool) -> tuple[list[tuple], bool]:
@@ -573,7 +578,7 @@ def _as_batch(text, text_pair, is_split_into_words: bool) -> tuple[list[tuple], 
         return [(text, text_pair)], False
     if text_pair is not None:
         if not isinstance(text_pair, (list, tuple)):
-            raise TypeError(f"text is a batch, so text_pair must be a list too, not {_describe(text_pair)}")
+            raise TypeError(f"text is a batch, so text_pair must be a list too, not {describe(text_pair)}")
         if len(text) != len(text_pair):
             raise ValueError(f"text has {len(text)} items, text_pair has {len(text_pair)}; they must be as many")
         return list(zip(text, text_pair)), True
@@ -593,7 +598,3 @@ def _as_python(ids):
     if hasattr(ids, "tolist"):
         return ids.tolist()
     return list(ids) if isinstance(ids, (tuple, range)) else ids
-
-
-def _describe(value) -> str:
-    return f"{value!r:.80} of type {type(value).__name__}" if value is not None else "None"
