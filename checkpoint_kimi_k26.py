@@ -443,18 +443,20 @@ class Checkpoint:
             more = f"; so are the {others} other tensors of {module}" if others else ""
             yield Finding(self.where[name].name, name, f"is in the file, but not in the model of the config{more}")
 
-    def fill(self, model: torch.nn.Module, progress=iter):
+    def fill(self, model: torch.nn.Module, progress=iter, device_of=None):
         """Put the tensors into a model on `meta`, memory-mapped where the dtype is the parameter's, else converted.
 
         Args:
             model (`nn.Module`): as built, on `meta`; the dtypes of its parameters are what they become.
             progress (*optional*): wraps the list of modules, to show how far it is.
+            device_of (*optional*): a module's name → the device that its weights are copied to, or `None`.
         """
         for prefix, module in progress(list(model.named_modules())):
+            device = device_of(prefix) if device_of is not None and module._parameters else None
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     mapped = self.tensor(f"{prefix}.{key}")
-                    tensor = mapped.to(parameter.dtype)
+                    tensor = mapped.to(device=device, dtype=parameter.dtype)
                     filled = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
                     if tensor is mapped:  # see `release`
                         filled.as_in_file = (filled.data_ptr(), filled._version)

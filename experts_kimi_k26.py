@@ -2,7 +2,7 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 
 import torch
@@ -285,8 +285,8 @@ class KimiK26Experts(nn.ModuleList):
         Args:
             x (`torch.Tensor` of shape `(tokens, hidden_size)`).
             weights (`torch.Tensor` of shape `(tokens, top_k)`, float32), chosen (same shape, int64).
-            beside (`Callable`, *optional*): a network that every token passes through (the shared expert): it is put to
-                work before the shares of other devices are waited for, and its result added.
+            beside (`Callable`, *optional*): gives what is added for every token (the shared expert); it is called before
+                the shares of other devices are waited for.
 
         Returns:
             `torch.Tensor` of shape `(tokens, hidden_size)` in the dtype of `x`.
@@ -298,7 +298,7 @@ class KimiK26Experts(nn.ModuleList):
             device = x.device if device is None else device
             sent.append((numbers, x.to(device, non_blocking=True), routing.to(device)))
         parts = [self.share(*one) for one in sent]
-        every = beside(x) if beside is not None else None
+        every = beside() if beside is not None else None
         total = parts[0].to(x.device, non_blocking=True)
         for part in parts[1:]:
             total = total + part.to(x.device, non_blocking=True)
@@ -386,5 +386,6 @@ class KimiK26MoE(nn.Module):
         """`(batch, length, hidden_size)` → the same, and the router's logits `(batch * length, experts)` float32."""
         flat = x.flatten(0, 1)
         logits, weights, chosen = self.gate(flat)
-        out = self.experts(flat, weights, chosen, self.shared_experts)
+        shared = partial(self.shared_experts, flat) if self.shared_experts is not None else None
+        out = self.experts(flat, weights, chosen, shared)
         return out.view_as(x), logits

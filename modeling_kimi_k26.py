@@ -4,6 +4,7 @@ import copy
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Optional, Union
 
@@ -21,6 +22,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, logging
 from .checkpoint_kimi_k26 import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, release
 from .configuration_kimi_k26 import KimiK26Config
 from .experts_kimi_k26 import ExpertStore, KimiK26Router
+from .placement_kimi_k26 import OFFLOADED, STRATEGIES, Placement, Sizes, as_device, is_of_experts, memory, plan
 from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
 from .soundness_kimi_k26 import findings_at_load
 from .text_kimi_k26 import KimiK26LanguageModel, KimiK26RMSNorm
@@ -128,16 +130,23 @@ class KimiK26PreTrainedModel(PreTrainedModel):
         """The library's `from_pretrained`; a folder of safetensors files goes into main memory in seconds, as memory maps.
 
         In main memory the routed experts are prepared for the CPU as they are used, up to a budget; the rest stays in
-        the files. `model.expert_store` has the budget and the counts.
+        the files. `model.expert_store` has the budget and the counts. On accelerators, `device_map="auto"` deals the
+        experts of every layer to all of them, as many as they have room for; the others are fetched when they are
+        routed to, and the most asked for stay. `model.expert_store.on(device)` has the counts there.
 
         Args:
             dtype (`str` or `torch.dtype`, *optional*): of the plain weights; the checkpoint's own by default.
+            device_map (`str` or `dict`, *optional*): `"auto"`, `"balanced"`, `"balanced_low_0"`, `"sequential"`, or the
+                place of each module. A map that names experts is carried out as `"auto"` is; one of whole layers by
+                the library, which copies a layer that no accelerator holds as a whole each time.
             max_memory (`dict`, *optional*): as in the library; `"cpu"` bounds all weights held in main memory (70 % of
                 what is free by default). What does not fit beside the other layers is read again when it is used.
-            expert_budget (`int` or `str`, *optional*): bytes, or such as `"8GiB"`: bounds the prepared experts alone.
+            expert_budget (`int` or `str`, *optional*): bytes, or such as `"8GiB"`: bounds the prepared experts alone, in
+                main memory or on each accelerator.
 
         Raises:
             CheckpointError: listing every tensor and file that is damaged or does not fit the config.
+            ValueError: for a device map that leaves out a part of the model, or names one that there is not.
         """
         if "dtype" not in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype", None) or "auto"
@@ -152,7 +161,7 @@ class KimiK26PreTrainedModel(PreTrainedModel):
                 model.expert_store.budget = convert_file_size_to_int(expert_budget)
             return result
         dtype, device_map = kwargs.pop("dtype"), kwargs.pop("device_map", None)
-        max_memory = (kwargs.pop("max_memory", None) or {}).get("cpu")
+        max_memory = kwargs.pop("max_memory", None)
         loading_info = kwargs.pop("output_loading_info", False)
         for key in SAYS_NOTHING_HERE:
             kwargs.pop(key, None)
@@ -173,13 +182,19 @@ class KimiK26PreTrainedModel(PreTrainedModel):
         findings = findings_at_load(checkpoint, model, stored)
         if findings:
             raise CheckpointError(pretrained_model_name_or_path, findings)
-        checkpoint.fill(model, lambda modules: logging.tqdm(modules, desc="Loading weights", unit=" modules"))
-        model.set_budget(max_memory, expert_budget)
+        progress = partial(logging.tqdm, desc="Loading weights", unit=" modules")
+        if _spreads(device_map, max_memory):
+            placement = _placement(model, device_map, max_memory, expert_budget)
+            checkpoint.fill(model, progress, placement.device_of)
+            placement.carry_out(model, partial(logging.tqdm, desc="Sending experts", unit=" experts"))
+        else:
+            checkpoint.fill(model, progress)
+            model.set_budget((max_memory or {}).get("cpu"), expert_budget)
+            if device_map is not None:
+                model.hf_device_map = {"": "cpu"}
         model.eval()
         if (Path(pretrained_model_name_or_path) / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
-        if device_map is not None:
-            model.hf_device_map = {"": "cpu"}
         nothing = {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return (model, nothing) if loading_info else model
 
@@ -219,14 +234,34 @@ def _refuse_damage(cls, folder, kwargs):
         raise CheckpointError(folder, findings)
 
 
+def _spreads(device_map, max_memory) -> bool:
+    """Whether the experts are to be dealt to accelerators."""
+    if isinstance(device_map, str) and device_map in STRATEGIES:
+        return torch.accelerator.is_available() and (max_memory is None or not set(max_memory) <= set(OFFLOADED))
+    return is_of_experts(device_map)
+
+
+def _placement(model, device_map, max_memory, expert_budget) -> Placement:
+    sizes, amounts = Sizes.of(model), memory(model, max_memory)
+    if isinstance(device_map, str):
+        device_map = plan(sizes, amounts, device_map)
+    else:  # other devices are not to be used
+        used = {as_device(place) for place in device_map.values()}
+        amounts = {place: amount for place, amount in amounts.items() if as_device(place) in used}
+    budget = None if expert_budget is None else convert_file_size_to_int(expert_budget)
+    return Placement.of(device_map, sizes, amounts, budget)
+
+
 def _maps_into_memory(folder, model_args, kwargs) -> bool:
-    """Whether a call of `from_pretrained` asks for no more than a folder's safetensors files in main memory."""
+    """Whether a call of `from_pretrained` asks for no more than a folder's safetensors files in main memory, or dealt
+    to accelerators from there."""
     known = {"config", "dtype", "device_map", "output_loading_info", "attn_implementation", "max_memory"}
     known |= SAYS_NOTHING_HERE
     on_cpu = [None, "cpu", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")}]
-    if not torch.accelerator.is_available():
-        on_cpu += ["auto", "balanced", "balanced_low_0", "sequential"]
-    in_memory = kwargs.get("device_map") in on_cpu
+    device_map, max_memory = kwargs.get("device_map"), kwargs.get("max_memory")
+    if not torch.accelerator.is_available() or max_memory is not None and set(max_memory) <= set(OFFLOADED):
+        on_cpu += STRATEGIES
+    in_memory = device_map in on_cpu or _spreads(device_map, max_memory)
     folder = Path(folder) if folder is not None and os.path.isdir(folder) else None
     return (
         not model_args
