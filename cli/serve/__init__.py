@@ -2,11 +2,12 @@
 
 `schema` reads requests, `media` loads what they show, `service` turns them into prompts; `engine` decodes all of them
 together (`latents` its cache, `sampling` the choice of tokens, `guides` what must be said); `replies` puts tokens into
-OpenAI's objects, and `app` is the face over HTTP.
+OpenAI's objects; `talks` follows a request from its first byte to its last, and `app` is the face over HTTP.
 """
 
 import asyncio
 import logging
+import signal
 from pathlib import Path
 
 from .. import CommandError
@@ -29,6 +30,7 @@ def add_arguments(parser) -> None:
     group.add_argument("--max-waiting", type=int, default=64, help="replies in the queue; more answer 429 (%(default)s)")
     group.add_argument("--cache-memory", metavar="SIZE", help="for running and kept dialogues; a fifth of what is free")
     group.add_argument("--prefill-chunk", type=int, default=512, help="prompt tokens between two steps (%(default)s)")
+    group.add_argument("--request-memory", metavar="SIZE", help="for bodies and decoded media; a fifth of what is free")
     group = parser.add_argument_group("limits of a request")
     group.add_argument("--max-length", type=int, help="tokens of prompt and reply together; the model's own")
     group.add_argument("--default-tokens", type=int, default=32768, help="of a reply that sets no limit (%(default)s)")
@@ -58,6 +60,8 @@ def run(args) -> int:
     config = uvicorn.Config(
         app, host=args.host, port=args.port, log_level=args.log_level, timeout_graceful_shutdown=int(args.grace) + 10
     )
+    # Once it has stopped, the server raises the signal that stopped it once more: being asked to stop is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     make_server(config, service.engine, args.grace).run()
     return 0
 
@@ -104,6 +108,7 @@ def load(args):
     try:
         max_body = convert_file_size_to_int(args.max_body)
         cache_memory = args.cache_memory and convert_file_size_to_int(args.cache_memory)
+        request_memory = args.request_memory and convert_file_size_to_int(args.request_memory)
     except ValueError as error:
         raise CommandError(f"sizes are such as 64MiB or 2GiB: {error}") from error
     if args.threads:
@@ -140,6 +145,7 @@ def load(args):
         max_length=min(args.max_length or text.max_position_embeddings, text.max_position_embeddings),
         default_tokens=args.default_tokens,
         seconds=args.timeout,
+        memory=request_memory or free_memory(torch.device("cpu")) // 5,
         fixed_sampling=args.fixed_sampling,
         media=media,
     )

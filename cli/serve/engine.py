@@ -63,7 +63,7 @@ class Guide(Protocol):
 class Clip:
     """A picture or a clip of a video: its patches as the processor gives them, and the place of its tokens."""
 
-    pixel_values: torch.Tensor  # (patches, 3, patch, patch)
+    pixel_values: torch.Tensor  # (patches, 3, patch, patch), in the dtype of the model
     grid: torch.Tensor  # (1, 3): frames, patch rows, patch columns
     start: int
     tokens: int
@@ -76,6 +76,11 @@ class Prompt:
     ids: list[int]
     keys: np.ndarray
     clips: list[Clip] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its pictures and videos."""
+        return sum(clip.pixel_values.nbytes for clip in self.clips)
 
 
 @dataclass(eq=False)
@@ -285,10 +290,9 @@ class Engine:
         unseen = [number for number in clips if number not in reading.features]
         if unseen:
             clip = reading.prompt.clips[unseen[0]]
-            features = self.model.get_image_features(
-                clip.pixel_values.to(self.device, self.model.dtype), clip.grid.to(self.device)
+            reading.features[unseen[0]] = self.model.get_image_features(
+                clip.pixel_values.to(self.device), clip.grid.to(self.device)
             )
-            reading.features[unseen[0]] = features
             if len(unseen) > 1:  # one at a time, as this may take long
                 self._reading.rotate(-1)
                 return None
@@ -332,7 +336,7 @@ class Engine:
         cache.add_row([(latents[:length], rotary[:length]) for latents, rotary in contents])
         self.counts["prompt_tokens_reused"] += length
         for sequence in reading.sequences:
-            sequence.cached = min(length, len(reading.prompt.ids))
+            sequence.cached = 0 if sequence.said else length
 
     def _media(self, reading: Reading, clips: list[int], start: int, stop: int) -> dict[str, torch.Tensor]:
         """Features of these clips, and which of them stands where among the tokens `start` to `stop`."""

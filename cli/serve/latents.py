@@ -152,10 +152,11 @@ class Prefixes:
 
     Args:
         budget: tokens held at most.
+        dialogues: held at most.
     """
 
-    def __init__(self, budget: int):
-        self.budget, self.tokens = budget, 0
+    def __init__(self, budget: int, dialogues: int = 128):
+        self.budget, self.dialogues, self.tokens = budget, dialogues, 0
         self._entries: list[tuple[np.ndarray, Contents]] = []  # the latest last
 
     def __len__(self) -> int:
@@ -184,7 +185,7 @@ class Prefixes:
         self._entries = [entry for entry in self._entries if shared(entry[0], keys) < len(entry[0])]
         self._entries.append((keys.copy(), [(latents.clone(), rotary.clone()) for latents, rotary in contents]))
         self.tokens = sum(len(known) for known, _ in self._entries)
-        while self.tokens > self.budget:
+        while self.tokens > self.budget or len(self) > self.dialogues:
             self.tokens -= len(self._entries.pop(0)[0])
 
     def clear(self) -> None:

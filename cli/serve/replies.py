@@ -134,7 +134,8 @@ class Reply:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         data = spelled(self._tokenizer.convert_ids_to_tokens(token))
-        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+        # JSON has no infinity; this is what OpenAI's API says instead.
+        return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(data)}
 
 
 class Answer:

@@ -1,6 +1,5 @@
 """From the body of a request to replies in the engine: everything between HTTP and tokens."""
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Callable
@@ -26,7 +25,8 @@ class Limits:
 
     max_body: bytes. max_media: pictures and videos. max_length: tokens of prompt and reply together.
     default_tokens: of a reply whose length the request leaves open. max_choices: `n`.
-    seconds: from the request to the end of its answer. fixed_sampling: refuse values of temperature, top_p, n and the
+    seconds: from the request to the end of its answer. body_seconds: until its body has come.
+    memory: bytes of bodies and decoded pictures and videos of all requests together. fixed_sampling: refuse values of temperature, top_p, n and the
     penalties other than the model's own, as Moonshot's API does.
     """
 
@@ -37,6 +37,7 @@ class Limits:
     max_choices: int = 8
     seconds: float = 600.0
     body_seconds: float = 60.0
+    memory: int = 2 * 2**30
     fixed_sampling: bool = False
     media: MediaLimits = MediaLimits(max_bytes=64 * 2**20, max_image_pixels=64_000_000, max_video_seconds=120.0)
 
@@ -71,7 +72,7 @@ class Service:
     """One model with its tokenizer, its engine and its limits.
 
     Args:
-        names: under which the model can be asked for; the first is the one that answers.
+        names: under which the model can be asked for.
     """
 
     def __init__(self, model, processor, engine: Engine, names: list[str], policy: MediaPolicy, limits: Limits):
@@ -116,7 +117,7 @@ class Service:
             )
         self.engine.submit(sequences)
         with_usage = request.stream_options is not None and bool(request.stream_options.include_usage)
-        return Answer(self.names[0], replies, sequences, with_usage)
+        return Answer(request.model or self.names[0], replies, sequences, with_usage)
 
     # -- checks and settings ------------------------------------------------------------------------------------------
 
@@ -215,40 +216,7 @@ class Service:
         patches = inputs["pixel_values"].split(grids.prod(-1).tolist())
         clips, digests = [], []
         for (start, tokens), grid, pixels in zip(runs, grids, patches, strict=True):
-            clips.append(Clip(pixels, grid.unsqueeze(0), start, tokens))
+            clips.append(Clip(pixels.to(self.model.dtype), grid.unsqueeze(0), start, tokens))
             content = hashlib.blake2b(pixels.numpy().data, digest_size=8, key=repr(grid.tolist()).encode())
             digests.append(int.from_bytes(content.digest(), "big") >> 2)
         return Prompt(ids, prompt_keys(ids, clips, digests), clips)
-
-
-class Inbox:
-    """Events of one answer on their way from the engine's thread to the server's loop."""
-
-    def __init__(self):
-        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
-
-    def send(self, event: Event) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop has ended, and with it whoever waited
-            pass
-
-    async def next(self) -> list[Event]:
-        """The events that have come, at least one."""
-        events = [await self._events.get()]
-        while not self._events.empty():
-            events.append(self._events.get_nowait())
-        return events
-
-
-def failure(cause: str, seconds: float) -> ApiError:
-    """What a client is told when the engine gives up a reply."""
-    if cause == "timeout":
-        return ApiError(408, f"the answer took longer than {seconds:g} seconds", code="timeout")
-    if cause == "stopped":
-        return ApiError(503, "the server is stopping", code="stopping", retry_after=30)
-    return ApiError(500, "the reply failed; the server's log says why", code="internal_error")
-
-
-def now() -> float:
-    return time.monotonic()
