@@ -11,8 +11,8 @@ stays as it was written, in `content` where it may be meant for the reader, in a
 `stray`.
 
 - A call needs no section around it. A section or a call that begins while thinking ends the thinking.
-- A marker that begins nothing (a section without a call, a call without id and arguments) is one that is talked about,
-  and stays in the text. So does a marker spelled out in ids: one that has its own token is only read from that token.
+- A marker that begins nothing (a section without a call, a call without an id) is one that is talked about, and stays
+  in the text. So does a marker spelled out in ids: one that has its own token is only read from that token.
 - White space between the markers of a section is layout, as is that around the id of a call and around a JSON object.
 - Words after a call are content, in a section too; words between the beginning of a section and its first call are
   stray.
@@ -48,6 +48,9 @@ LONGEST = max(map(len, SPELLINGS))
 PATIENCE = 1024  # characters
 
 CALL_ID = re.compile(r"(?:functions\.)?(?P<name>\S+):[0-9]+")
+# What tells a call outside a section: one word before arguments, and without these an id, which may be cut off.
+WORD = re.compile(r"[\w.:/-]+")
+ID_ALONE = re.compile(r"functions\.[\w.:/-]*|[\w.:/-]+:[0-9]+")
 SPACE = " \t\r\n"  # of JSON
 
 ODD_ID = "the id is not functions.NAME:INDEX"
@@ -108,10 +111,10 @@ class ResponseParser:
     """Reads a reply piece by piece.
 
     Pieces are all text, all UTF-8 bytes or all ids, of any size, split anywhere. Each `feed` gives the deltas that are
-    certain by then, in OpenAI's shape: `{"reasoning": text}`, `{"content": text}` or `{"tool_calls": [part]}`. The first
-    part of a call is `{"index", "id", "type", "function": {"name", "arguments": ""}}`, the others are `{"index",
-    "function": {"arguments": text}}`, and the last has `malformed` where something is wrong with the call. Joined, the
-    deltas are what `parse_response` gives, wherever the reply was split.
+    certain by then, in OpenAI's shape: `{"reasoning": text}`, `{"content": text}` or `{"tool_calls": [part]}`. The part
+    that begins a call is `{"index", "id", "type", "function": {"name", "arguments": ""}}`, those that follow are
+    `{"index", "function": {"arguments": text}}`, the last with `malformed` where something is wrong with the call.
+    Joined, the deltas are what `parse_response` gives, wherever the reply was split.
 
     Args:
         thinking: whether the prompt left thinking open. If not, all but the calls is content.
@@ -152,7 +155,7 @@ class ResponseParser:
         if self._finished:
             raise RuntimeError("this ResponseParser is finished; make a new one for the next reply")
         for marker, text in self._lexer.read(piece):
-            self._state(marker, text)
+            self._take(marker, text)
         return self._take_deltas()
 
     def finish(self) -> list[dict[str, Any]]:
@@ -160,9 +163,14 @@ class ResponseParser:
         if not self._finished:
             self._finished = True
             for marker, text in self._lexer.finish():
-                self._state(marker, text)
-            self._state(REPLY_END, "")
+                self._take(marker, text)
+            self._take(REPLY_END, "")
         return self._take_deltas()
+
+    def _take(self, marker: str | None, text: str) -> None:
+        if marker in (THINK, THINK_END) and not self.in_reasoning:
+            marker = None  # only reasoning has such markers; elsewhere these are words
+        self._state(marker, text)
 
     def _take_deltas(self) -> list[dict[str, Any]]:
         deltas, self._deltas = self._deltas, []
@@ -184,14 +192,14 @@ class ResponseParser:
     # ---- States: each takes a text (marker None), or a marker as it was spelled. REPLY_END comes last. ----
 
     def _in_prose(self, marker: str | None, text: str) -> None:
-        """Reasoning or content."""
+        """Reasoning or content, outside sections and calls."""
         at_start, self._at_start = self._at_start, False
         if marker in (SECTION_BEGIN, CALL_BEGIN):
             self._opener = text
             self._state = self._in_opening if marker == SECTION_BEGIN else self._in_header
-        elif marker == THINK_END and self.in_reasoning:
+        elif marker == THINK_END:
             self.in_reasoning = False
-        elif marker == THINK and self.in_reasoning and at_start:
+        elif marker == THINK and at_start:
             pass  # the prompt ended with it, and here it is again
         else:
             self._say(text)
@@ -200,14 +208,15 @@ class ResponseParser:
         """In a section, before its first call: holds the words in between."""
         if marker == CALL_BEGIN:
             words = self._release()
-            if words.strip():
+            if words.strip(SPACE):
                 self.stray.append(words)
+            self.in_reasoning = False
             self._in_section, self._opener = True, text
             self._state = self._in_header
-        elif marker in (SECTION_BEGIN, SECTION_END, REPLY_END) or (marker == THINK_END and self.in_reasoning):
+        elif marker in (SECTION_BEGIN, SECTION_END, THINK_END, REPLY_END):
             words = self._release()
             self._state = self._in_prose
-            if words.strip():
+            if words.strip(SPACE):
                 self._say(self._opener + words)
             elif marker == SECTION_END:  # an empty section
                 self.in_reasoning = False
@@ -219,27 +228,27 @@ class ResponseParser:
 
     def _in_header(self, marker: str | None, text: str) -> None:
         """In a call, before its arguments: holds the id."""
-        if marker == CALL_ARGUMENTS:
-            self._begin_call(self._release().strip())
-            self._state = self._in_arguments
-        elif marker is None or (self._in_section and marker in (THINK, THINK_END)):
+        if marker is None:
             self._hold(text)
             if not self._in_section:
                 self._lose_patience()
-        else:
-            header = self._release()
-            call_id = header.strip()
-            if self._in_section or CALL_ID.fullmatch(call_id) or call_id.startswith("functions."):
-                if call_id:
-                    self._begin_call(call_id, NO_ARGUMENTS)
-                    self._end_call(closed=marker == CALL_END)
-                self._state = self._after_call
-                if marker == CALL_END:
-                    return
-            else:
-                self._say(self._opener + header)
-                self._state = self._in_prose
+            return
+        header = self._release()
+        call_id = header.strip(SPACE)
+        if not (self._in_section or (WORD if marker == CALL_ARGUMENTS else ID_ALONE).fullmatch(call_id)):
+            self._say(self._opener + header)
+            self._state = self._in_prose
             self._state(marker, text)
+        elif marker == CALL_ARGUMENTS:
+            self._begin_call(call_id)
+            self._state = self._in_arguments
+        else:
+            if call_id:
+                self._begin_call(call_id, NO_ARGUMENTS)
+                self._end_call(closed=marker == CALL_END)
+            self._state = self._after_call
+            if marker != CALL_END:
+                self._state(marker, text)
 
     def _lose_patience(self) -> None:
         if self._held_size > PATIENCE:
@@ -407,7 +416,7 @@ class _Lexer:
         """Keeps the end of the reply back: with words after it, it was one that is talked about, and text."""
         if not text:
             return
-        if marker == REPLY_END or (self._ending and (marker == PAD or text.isspace())):
+        if marker == REPLY_END or (self._ending and (marker == PAD or not text.strip(SPACE))):
             self._ending.append(text)
             return
         if self._ending:

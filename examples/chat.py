@@ -18,8 +18,7 @@ for question in args.questions or ["Who are you?", "which one is bigger, 9.11 or
     messages.append({"role": "user", "content": question})
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     output = model.generate(**inputs.to(model.device), max_new_tokens=2048)
-    reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    reasoning, _, answer = reply.partition("</think>")
+    reply = processor.parse_response(output[0, inputs["input_ids"].shape[1] :])
     # The reasoning goes into the history too; the template decides what of it the model sees again.
-    messages.append({"role": "assistant", "content": answer, "reasoning": reasoning})
-    print(f"> {question}\n(thinks: {reasoning})\n{answer}\n")
+    messages.append({"role": "assistant", **reply})
+    print(f"> {question}\n(thinks: {reply['reasoning']})\n{reply['content']}\n")

@@ -4,9 +4,7 @@ import argparse
 from pathlib import Path
 from threading import Thread
 
-from transformers import TextIteratorStreamer
-
-from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor
+from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor, ResponseStreamer
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", nargs="?", default=Path(__file__).with_name("kimi-k26-tiny"), help="a checkpoint")
@@ -18,11 +16,15 @@ model = KimiK26ForConditionalGeneration.from_pretrained(args.folder, device_map=
 
 messages = [{"role": "user", "content": args.question}]
 inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt").to(model.device)
-streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+streamer = ResponseStreamer(processor.tokenizer)
 writing = Thread(target=model.generate, kwargs={**inputs, "max_new_tokens": 2048, "streamer": streamer})
 writing.start()
 print("(thinks: ", end="")
-for piece in streamer:  # "</think>", where thinking ends and the answer begins, is one token and comes as one piece
-    print(piece.replace("</think>", ")\n"), end="", flush=True)
+thinks = True
+for delta in streamer:  # pieces of "reasoning", then of "content"; with tools, parts of "tool_calls" too
+    if thinks and "reasoning" not in delta:
+        thinks = False
+        print(")")
+    print(delta.get("reasoning") or delta.get("content", ""), end="", flush=True)
 writing.join()
 print()

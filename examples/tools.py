@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor
@@ -18,7 +17,6 @@ def get_weather(city: str) -> str:
 
 
 TOOLS = {"get_weather": get_weather}
-CALL = re.compile(r"<\|tool_call_begin\|>(.+?)<\|tool_call_argument_begin\|>(.*?)<\|tool_call_end\|>", re.DOTALL)
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", nargs="?", default=Path(__file__).with_name("kimi-k26-tiny"), help="a checkpoint")
@@ -34,20 +32,15 @@ for _ in range(5):  # a model may call again when it has seen a result, but not 
         messages, tools=list(TOOLS.values()), tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
     output = model.generate(**inputs, max_new_tokens=2048)
-    reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(reply)
-    reasoning, _, rest = reply.partition("</think>")
-    content, _, section = rest.partition("<|tool_calls_section_begin|>")
-    message = {"role": "assistant", "content": content, "reasoning": reasoning, "tool_calls": []}
-    messages.append(message)
-    for call_id, arguments in CALL.findall(section):
-        name = call_id.removeprefix("functions.").rpartition(":")[0]  # "functions.NAME:INDEX"
-        call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-        message["tool_calls"].append(call)
+    reply = processor.parse_response(output[0, inputs["input_ids"].shape[1] :])
+    print(f"(thinks: {reply['reasoning']})\n{reply['content']}")
+    messages.append({"role": "assistant", **reply})
+    for call in reply["tool_calls"]:
+        print(call["id"], call["function"]["arguments"])
         try:
-            result = TOOLS[name](**json.loads(arguments))
+            result = TOOLS[call["function"]["name"]](**json.loads(call["function"]["arguments"]))
         except (KeyError, TypeError, ValueError) as error:  # no such tool, or wrong arguments: the model is told
             result = f"{type(error).__name__}: {error}"
-        messages.append({"role": "tool", "tool_call_id": call_id, "content": result})
-    if not message["tool_calls"]:
+        messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+    if not reply["tool_calls"]:
         break

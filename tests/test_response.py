@@ -1,0 +1,709 @@
+"""response_kimi.py: what the model says → reasoning, content and tool calls, whole and streamed."""
+
+import doctest
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.generation.streamers import BaseStreamer
+
+from kimi_k26 import KimiK26ImageProcessor, KimiK26Processor, ResponseParser, ResponseStreamer, TikTokenTokenizer
+from kimi_k26 import parse_response, response_kimi
+from kimi_k26.cli.tiny import SAMPLE, learn_ranks, write_tokenizer
+from kimi_k26.response_kimi import NO_ARGUMENTS, NOT_CLOSED, ODD_ARGUMENTS, ODD_ID, PATIENCE, join_deltas
+
+
+ROOT = Path(response_kimi.__file__).resolve().parent
+SB, SE = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+SB1, SE1 = "<|tool_call_section_begin|>", "<|tool_call_section_end|>"
+CB, CA, CE = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+MARKERS = (SB, SE, SB1, SE1, CB, CA, CE, "<think>", "</think>", "<|im_end|>", "[EOS]", "[PAD]")
+
+
+def written(name="f", index=0, arguments='{"a": 1}'):
+    return f"{CB}functions.{name}:{index}{CA}{arguments}{CE}"
+
+
+def call(name="f", index=0, arguments='{"a": 1}', call_id=None, malformed=None):
+    made = {
+        "id": f"functions.{name}:{index}" if call_id is None else call_id,
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+    return made if malformed is None else made | {"malformed": malformed}
+
+
+def reply(reasoning="", content="", *calls, stray=None):
+    made = {"reasoning": reasoning, "content": content, "tool_calls": list(calls)}
+    return made if stray is None else made | {"stray": stray}
+
+
+def streamed(pieces, thinking=True, tokenizer=None):
+    """What the deltas of these pieces join to, checked for their shape on the way."""
+    parser = ResponseParser(thinking, tokenizer)
+    deltas = [delta for piece in pieces for delta in parser.feed(piece)] + parser.finish()
+    seen = set()
+    for delta in deltas:
+        ((key, value),) = delta.items()
+        if key == "tool_calls":
+            (part,) = value
+            is_first = part["index"] not in seen
+            assert is_first == ("id" in part) == ("type" in part) == ("name" in part["function"])
+            assert part["index"] == len(seen) - (not is_first) and isinstance(part["function"]["arguments"], str)
+            seen.add(part["index"])
+        else:
+            assert key in ("reasoning", "content") and isinstance(value, str) and value
+    joined = join_deltas(deltas)
+    return joined | {"stray": parser.stray} if parser.stray else joined
+
+
+def cut(rng, items, most=8):
+    """Text, bytes or ids in random pieces."""
+    start = 0
+    while start < len(items):
+        size = rng.choice((1, 1, 2, 3, rng.randint(1, most)))
+        yield items[start : start + size]
+        start += size
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    write_tokenizer(folder, learn_ranks(SAMPLE, 64))
+    (folder / "chat_template.jinja").write_bytes((ROOT / "chat_template.jinja").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return TikTokenTokenizer.from_pretrained(folder)
+
+
+# ---- Cases: with thinking unless the last item is False ----
+
+NAN = '{"a": NaN}'
+CUT_IN_ID = [ODD_ID, NO_ARGUMENTS, NOT_CLOSED, ODD_ARGUMENTS]
+CASES = {
+    "the whole form": (
+        f"Need it.</think>Wait.{SB}{written()}{SE}<|im_end|>",
+        reply("Need it.", "Wait.", call()),
+    ),
+    "content alone": ("Why?</think>\n\nBecause. <b> [x] {}", reply("Why?", "\n\nBecause. <b> [x] {}")),
+    "no thinking in it": ("</think>Yes", reply("", "Yes")),
+    "nothing": ("", reply()),
+    "instant": (f"Yes </think> and <think>{SB}{written()}{SE}", reply("", "Yes </think> and <think>", call()), False),
+    "thinking that never closes": ("I think <|tool", reply("I think <|tool")),
+    "the prompt's <think> once more": ("<think>a<think></think>b</think>", reply("a<think>", "b</think>")),
+    "a section in unclosed thinking": (f"so {SB}{written()}{SE}Done", reply("so ", "Done", call())),
+    "a call in unclosed thinking": (f"so {written()}", reply("so ", "", call())),
+    "an empty section in unclosed thinking": (f"so {SB} {SE}Done", reply("so ", "Done")),
+    "a call without a section": (f"</think>A {written()} B", reply("", "A  B", call())),
+    "calls without a section": (
+        f"</think>{written()}\n{written('g', 1)} ",
+        reply("", "\n ", call(), call("g", 1)),
+    ),
+    "calls with only the section's end": (f"</think>A{written()}\n{SE}\nB", reply("", "A\nB", call())),
+    "a section that never closes": (f"</think>A{SB}{written()}{written('g', 1)}", reply("", "A", call(), call("g", 1))),
+    "words after a section that never closes": (f"</think>{SB}{written()}\nDone", reply("", "\nDone", call())),
+    "a second section where the first never closed": (
+        f"</think>{SB}{written()} and {SB}{written('g', 1)}{SE}.",
+        reply("", " and .", call(), call("g", 1)),
+    ),
+    "words between and after sections": (
+        f"</think>A {SB}{written()}{SE} B\n{SB}{written('g', 1)}{SE}\nC",
+        reply("", "A  B\n\nC", call(), call("g", 1)),
+    ),
+    "words after a call in a section": (
+        f"</think>{SB}{written()} hm {written('g', 1)}\n{SE}",
+        reply("", " hm ", call(), call("g", 1)),
+    ),
+    "words before the first call in a section": (
+        f"</think>A{SB} oh {written()}{SE}B",
+        reply("", "AB", call(), stray=[" oh "]),
+    ),
+    "layout": (
+        f"</think>A{SB}\n  {CB} functions.f:0\n{CA}\n{{ }}\n {CE}\n\n{CB}functions.g:1{CA} {{}}{CE}\n{SE}\nB",
+        reply("", "A\nB", call(arguments="{ }"), call("g", 1, "{}")),
+    ),
+    "singular section markers": (f"r{SB1}{written()}{SE1}.", reply("r", ".", call())),
+    "mixed section markers": (
+        f"</think>{SB1}{written()}{SE}.{SB}{written('g', 1)}{SE1}",
+        reply("", ".", call(), call("g", 1)),
+    ),
+    "nested arguments": (
+        f"</think>{SB}{written(arguments=json.dumps({'a': [{'b': 'x{}<|' + chr(10)}], 'é': None}, indent=2))}{SE}",
+        reply("", "", call(arguments=json.dumps({"a": [{"b": "x{}<|\n"}], "é": None}, indent=2))),
+    ),
+    "names": (
+        f"</think>{written('a.b-c__d')}{CB}search:3{CA}{{}}{CE}{CB}functions.名:12{CA}{{}}{CE}",
+        reply("", "", call("a.b-c__d"), call("search", 0, "{}", "search:3"), call("名", 12, "{}")),
+    ),
+    # cut off
+    "cut off in the arguments": (
+        f'</think>{SB}{written()}{CB}functions.g:1{CA}{{"a": "b ',
+        reply("", "", call(), call("g", 1, '{"a": "b ', malformed=[NOT_CLOSED, ODD_ARGUMENTS])),
+    ),
+    "cut off where the arguments are whole": (
+        f"</think>{SB}{CB}functions.f:0{CA}{{}}<|im_end|>",
+        reply("", "", call(arguments="{}", malformed=[NOT_CLOSED])),
+    ),
+    "cut off in the marker of the arguments": (
+        f"</think>{SB}{CB}functions.f:0<|tool_call_arg",
+        reply("", "", call("f:0<|tool_call_arg", 0, "", "functions.f:0<|tool_call_arg", CUT_IN_ID)),
+    ),
+    "cut off in the id": (
+        f"hm{CB}functions.get_w",
+        reply("hm", "", call("get_w", 0, "", "functions.get_w", CUT_IN_ID)),
+    ),
+    "cut off before the id": (f"</think>A{SB}{CB}", reply("", "A")),
+    "cut off before the call": (f"</think>A{SB}\n", reply("", "A")),
+    # malformed
+    "an id that is none": (
+        f"</think>{SB}{CB}functions.get.0{CA}{{}}{CE}{written('g', 1)}{SE}",
+        reply("", "", call("get.0", 0, "{}", "functions.get.0", [ODD_ID]), call("g", 1)),
+    ),
+    "no id": (f"</think>{SB}{CB}{CA}{{}}{CE}{SE}", reply("", "", call("", 0, "{}", "", [ODD_ID]))),
+    "no id and no arguments": (f"</think>{SB}{CB}{CE}{written()}{SE}", reply("", "", call())),
+    "no marker of the arguments": (
+        f"</think>{SB}{CB}functions.f:0 {{}}{CE}{written('g', 1)}{SE}",
+        reply("", "", call("f:0 {}", 0, "", "functions.f:0 {}", [ODD_ID, NO_ARGUMENTS, ODD_ARGUMENTS]), call("g", 1)),
+    ),
+    "arguments that are not JSON": (
+        f"</think>{SB}{written(arguments=' {a: 1')}{written('g', 1, ' [1] ')}{written('h', 2, '{} NaN ')}{SE}",
+        reply(
+            "",
+            "",
+            call(arguments="{a: 1", malformed=[ODD_ARGUMENTS]),
+            call("g", 1, " [1] ", malformed=[ODD_ARGUMENTS]),
+            call("h", 2, "{} NaN ", malformed=[ODD_ARGUMENTS]),
+        ),
+    ),
+    "arguments that are JSON for Python alone": (
+        f"</think>{written(arguments=NAN)}{written('g', 1, '')}",
+        reply("", "", call(arguments=NAN, malformed=[ODD_ARGUMENTS]), call("g", 1, "", malformed=[ODD_ARGUMENTS])),
+    ),
+    "calls that do not close": (
+        f"</think>{SB}{CB}functions.f:0{CA}{{}}\n{written('g', 1)}{CB}functions.h:2{CA}{{}}{SE}A",
+        reply(
+            "",
+            "A",
+            call(arguments="{}", malformed=[NOT_CLOSED]),
+            call("g", 1),
+            call("h", 2, "{}", malformed=[NOT_CLOSED]),
+        ),
+    ),
+    "a call in an id": (
+        f"</think>{SB}{CB}functions.f:0{written('g', 1)}{SE}",
+        reply("", "", call(arguments="", malformed=[NO_ARGUMENTS, NOT_CLOSED, ODD_ARGUMENTS]), call("g", 1)),
+    ),
+    "doubled markers": (
+        f"</think>A{SB}{SB}{written()}{CE}{CA} {written('g', 1)}{SE}",
+        reply("", "A", call(), call("g", 1), stray=[CE, CA]),
+    ),
+    "markers of other parts in arguments": (
+        f"r{CB}functions.f:0{CA}<think>{SB}{CA}</think>{CE}",
+        reply("r", "", call(arguments=f"<think>{SB}{CA}</think>", malformed=[ODD_ARGUMENTS])),
+    ),
+    # markers that are talked about
+    "a marker of a section in words": (
+        f"the {SB} one</think>{SB} begins, {SE} ends",
+        reply(f"the {SB} one", f"{SB} begins, {SE} ends"),
+    ),
+    "and then a section": (f"</think>{SB} it is: {SB}{written()}{SE}", reply("", f"{SB} it is: ", call())),
+    "a marker of a call in words": (
+        f"{CB} then</think>{CB}, {CA} and {CE} it is",
+        reply(f"{CB} then", f"{CB}, {CA} and {CE} it is"),
+    ),
+    "an end of a reply in words": (
+        "a <|im_end|> b</think>[EOS] or [PAD] <|im_end|> ?",
+        reply("a <|im_end|> b", "[EOS] or [PAD] <|im_end|> ?"),
+    ),
+    "the end of the reply": ("a</think>b <|im_end|>[EOS] \n[PAD][PAD]", reply("a", "b ")),
+    "the end of the other kind": (f"a</think>{written(arguments='{} ')}[EOS]", reply("a", "", call(arguments="{}"))),
+    "padding alone is none": ("</think>the token [PAD]", reply("", "the token [PAD]")),
+}
+
+
+def case(name):
+    text, expected, *thinking = CASES[name]
+    return text, expected, not thinking
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases_whole_and_split_everywhere(name):
+    text, expected, thinking = case(name)
+    assert parse_response(text, thinking) == expected
+    for whole in (text, text.encode()):
+        assert streamed([whole], thinking) == expected
+        assert streamed([whole[at : at + 1] for at in range(len(whole))], thinking) == expected
+        for at in range(1, len(whole)):
+            assert streamed([whole[:at], whole[at:]], thinking) == expected, (at, whole[:at])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if " in words" not in name and "padding" not in name])
+def test_cases_as_ids(name, tokenizer):
+    text, expected, thinking = case(name)
+    ids = tokenizer.encode(text)
+    assert parse_response(ids, thinking, tokenizer=tokenizer) == expected
+    for at in range(len(ids) + 1):
+        assert streamed([ids[:at], ids[at:]], thinking, tokenizer) == expected, at
+
+
+# ---- What other engines' parsers for this form are held to ----
+
+WEATHER = '{"city": "Beijing"}'
+F, F0 = written(arguments="{}"), ("functions.f:0", "f", "{}")
+ENGINE_CASES = {
+    "no tools": ("This is a test", "This is a test", []),
+    "one call, spaced": (
+        f"I'll check. {SB} {CB}\nfunctions.get_weather:0 {CA} {WEATHER} {CE} {SE}",
+        "I'll check. ",
+        [("functions.get_weather:0", "get_weather", WEATHER)],
+    ),
+    "calls without space between": (
+        f"{SB}{CB}functions.a:0{CA}{{}}{CE}{CB}functions.b:1{CA}{WEATHER}{CE}{CB}functions.c:2{CA}{{}}{CE}{SE}",
+        "",
+        [("functions.a:0", "a", "{}"), ("functions.b:1", "b", WEATHER), ("functions.c:2", "c", "{}")],
+    ),
+    "angle brackets and line ends in arguments": (
+        f'{SB}{CB}functions.w:0{CA}{{"html": "<div>a</div>\\n<|x|>",\n "n": {{"m": []}}}}{CE}{SE}',
+        "",
+        [("functions.w:0", "w", '{"html": "<div>a</div>\\n<|x|>",\n "n": {"m": []}}')],
+    ),
+    "an id without the prefix": (f"{SB}{CB}search:0{CA}{{}}{CE}{SE}", "", [("search:0", "search", "{}")]),
+    "a name with dashes": (
+        f"{SB}{CB}functions.mcp__a-b__c:7{CA}{{}}{CE}{SE}",
+        "",
+        [("functions.mcp__a-b__c:7", "mcp__a-b__c", "{}")],
+    ),
+    "broken JSON stays a call": (
+        f'{SB}{CB}functions.bad:0{CA}{{"city": "Beijing" {CE}{CB}functions.good:1{CA}{WEATHER}{CE}{SE}',
+        "",
+        [("functions.bad:0", "bad", '{"city": "Beijing" '), ("functions.good:1", "good", WEATHER)],
+    ),
+    "an empty section": (f"Before {SB}{SE} after", "Before  after", []),
+    "words in a section do not leak": (f"A {SB} spurious text {F}{SE}", "A ", [F0]),
+    "singular markers": (f"A {SB1}{F}{SE1} B", "A  B", [F0]),
+    "words after a section": (f"A{SB}{F}{SE} Done. More", "A Done. More", [F0]),
+    "a section without end": (f"A{SB}{F}", "A", [F0]),
+}
+
+
+@pytest.mark.parametrize("name", ENGINE_CASES)
+@pytest.mark.parametrize("opening", ["</think>", "hm</think>", None])
+def test_engine_cases(name, opening):
+    text, content, calls = ENGINE_CASES[name]
+    for pieces in ([text], [*text], [text[at : at + 5] for at in range(0, len(text), 5)]):
+        found = streamed([opening or "", *pieces], thinking=opening is not None)
+        assert found["content"] == content and found["reasoning"] == (opening or "").replace("</think>", "")
+        assert [(c["id"], c["function"]["name"], c["function"]["arguments"]) for c in found["tool_calls"]] == calls
+
+
+def test_engine_case_a_bad_id_does_not_hide_the_good_call():
+    text = f"A{SB} {CB}\nfunctions.bad.0 {CA} {WEATHER} {CE} {CB}\nfunctions.good:1 {CA} {WEATHER} {CE} {SE}"
+    bad, good = parse_response(text, thinking=False)["tool_calls"]
+    assert bad["malformed"] == [ODD_ID] and bad["id"] == "functions.bad.0"
+    assert good == call("good", 1, WEATHER)
+
+
+def test_engine_case_a_section_that_is_none_lets_the_reply_go_on():
+    junk = "x" * PATIENCE
+    parser = ResponseParser(thinking=False)
+    assert parser.feed(f"A{SB}") == [{"content": "A"}]
+    assert parser.feed(junk) == []
+    assert parser.feed("y") == [{"content": f"{SB}{junk}y"}]
+    assert parser.feed("z") == [{"content": "z"}]
+    assert join_deltas(parser.feed(written()) + parser.finish()) == reply("", "", call())
+    words = f"{CB}{junk} "
+    assert parse_response(words + written(), thinking=False) == reply("", words, call())
+    assert streamed([*words, written()], thinking=False) == reply("", words, call())
+
+
+# ---- Random replies ----
+
+PARTS = ["a", "Wörter ", " ", "\n", "中文", "🤖", "e\u0301", "<", "<|", "<|tool_call", "</thin", "[", "[EOS"]
+PARTS += ["|>", "{", "}", '"', "\\", ":0", "\ufeff", "\u3000"]
+
+
+def random_text(rng, most=6):
+    return "".join(rng.choice(PARTS) for _ in range(rng.randrange(most)))
+
+
+def random_call(rng, index):
+    """A call without its end, as the model may write it, and what it means."""
+    name = rng.choice(["f", "get_weather", "a.b-c", "名"])
+    space = [rng.choice(["", "", "", " ", "\n "]) for _ in range(4)]
+    call_id, problems = f"functions.{name}:{index}", []
+    arguments = {random_text(rng): [random_text(rng), index, {"a": None}]}
+    arguments = json.dumps(arguments, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 1]))
+    if rng.random() < 0.1:
+        call_id, name = rng.choice([(f"functions.{name}", name), ("call_9", "call_9"), (f"{name}:x", f"{name}:x")])
+        problems.append(ODD_ID)
+    if rng.random() < 0.1:
+        arguments = space[2] + "[" + random_text(rng) + space[3]
+        space[2:] = ["", ""]
+        problems.append(ODD_ARGUMENTS)
+    text = f"{CB}{space[0]}{call_id}{space[1]}{CA}{space[2]}{arguments}{space[3]}"
+    return text, call(name, index, arguments, call_id, problems)
+
+
+def random_reply(rng):
+    """A reply as the model may write it, whether the prompt asked for thinking, and what it means."""
+    thinking = rng.random() < 0.8
+    thinks = thinking and rng.random() < 0.3  # and does not close it
+    said = {"reasoning": "", "content": ""}
+    calls, text = [], ""
+    if thinking:
+        said["reasoning"] = random_text(rng, 10)
+        text = rng.choice(["", "", "<think>"]) + said["reasoning"] + ("" if thinks else "</think>")
+
+    def speak(words):
+        said["reasoning" if thinks and not calls else "content"] += words
+        return words
+
+    text += speak(random_text(rng))
+    for _ in range(rng.randrange(4)):
+        in_section, ends = rng.random() < 0.7, True
+        text += rng.choice([SB, SB, SB1]) + rng.choice(["", "", "\n"]) if in_section else ""
+        for _ in range(rng.randint(1, 3)):
+            text += rng.choice(["", "", " \n"]) if in_section else ""
+            written_call, meaning = random_call(rng, len(calls))
+            calls.append(meaning)
+            ends = rng.random() < 0.95
+            text += written_call + (CE if ends else "")
+            if not ends:
+                meaning["malformed"].insert(meaning["malformed"][:1] == [ODD_ID], NOT_CLOSED)
+                break
+        if not ends or rng.random() < 0.7:
+            text += rng.choice([SE, "\n" + SE, SE1]) if ends else SE
+        else:
+            text += speak(".")  # so that white space that follows is no layout
+        text += speak(random_text(rng))
+    if calls and rng.random() < 0.1:
+        written_call, meaning = random_call(rng, len(calls))
+        first = written_call.index(CA) + len(CA)
+        got = written_call[first : rng.randint(first, len(written_call))]
+        text += SB + written_call[:first] + got
+        trimmed = got.lstrip() if got.lstrip().startswith("{") else got
+        trimmed = trimmed.rstrip() if trimmed.startswith("{") and trimmed.rstrip().endswith("}") else trimmed
+        meaning["function"]["arguments"] = trimmed
+        whole = ODD_ARGUMENTS not in meaning["malformed"] and trimmed.endswith("}") and is_json(trimmed)
+        meaning["malformed"] = meaning["malformed"][: meaning["malformed"][:1] == [ODD_ID]] + [NOT_CLOSED]
+        meaning["malformed"] += [] if whole else [ODD_ARGUMENTS]
+        calls.append(meaning)
+    text += rng.choice(["", "", "<|im_end|>", "<|im_end|>[PAD]\n[PAD]"])
+    for meaning in calls:
+        if not meaning["malformed"]:
+            del meaning["malformed"]
+    return text, thinking, reply(said["reasoning"], said["content"], *calls)
+
+
+def is_json(text):
+    try:
+        return bool(json.loads(text))
+    except ValueError:
+        return False
+
+
+def check_random_replies(tokenizer, seeds):
+    for seed in seeds:
+        rng = random.Random(seed)
+        text, thinking, expected = random_reply(rng)
+        assert parse_response(text, thinking) == expected, (seed, text)
+        whole = (text, text.encode(), tokenizer.encode(text))[seed % 3]
+        assert streamed(cut(rng, whole), thinking, tokenizer) == expected, (seed, text)
+
+
+def test_random_replies_mean_what_they_were_made_of(tokenizer):
+    check_random_replies(tokenizer, range(2000))
+
+
+def test_nothing_is_lost_whatever_the_order_of_the_markers(tokenizer):
+    rng = random.Random(5)
+    for number in range(1000):
+        words = [f"w{number}x{at}w" for at in range(rng.randint(1, 12))]
+        text = "".join(word + "".join(rng.choices([*MARKERS, " ", ""], k=rng.randrange(4))) for word in words)
+        thinking = rng.random() < 0.7
+        found = parse_response(text, thinking)
+        assert streamed(cut(rng, text), thinking) == streamed(cut(rng, text.encode()), thinking) == found, text
+        kept = [found["reasoning"], found["content"], *found.get("stray", ())]
+        kept += [c["id"] + " " + c["function"]["arguments"] for c in found["tool_calls"]]
+        assert sorted(words) == sorted(w for part in kept for w in words if w in part), text
+        assert sum(part.count(w) for part in kept for w in words) == len(words)
+        ends = [text.find(end) for end in ("<|im_end|>", "[EOS]", "[PAD]") if end in text]
+        ids = tokenizer.encode(text)
+        assert streamed(cut(rng, ids), thinking, tokenizer) == parse_response(ids, thinking, tokenizer)
+        if not ends:  # after an end, ids are ignored and text is not
+            assert parse_response(ids, thinking, tokenizer) == found
+
+
+def test_bytes_that_are_no_text_are_replaced_as_in_the_whole(tokenizer):
+    rng = random.Random(6)
+    parts = [b"\xf0\x9f\xa4\x96", b"\xe4\xb8", b"\xff", b"\xf0\x9f", b"a", CE.encode(), b"</think>"]
+    for _ in range(300):
+        data = b"".join(rng.choices(parts, k=9))
+        expected = parse_response(data.decode(errors="replace"))
+        assert streamed(cut(rng, data, 4)) == expected
+        assert streamed(data[at : at + 1] for at in range(len(data))) == expected
+
+
+# ---- Ids ----
+
+
+def test_a_marker_spelled_with_other_tokens_is_text(tokenizer):
+    def plain(text):
+        return tokenizer.encode(text, split_special_tokens=True)
+
+    words = "".join(marker for marker in MARKERS if marker not in (SB1, SE1))
+    ids = [*plain(words), *tokenizer.encode("</think>"), *plain(words), *tokenizer.encode(CB + "functions.f:0" + CA)]
+    ids += [*plain(json.dumps({"a": words})), *tokenizer.encode(CE)]
+    expected = reply(words, words, call(arguments=json.dumps({"a": words})))
+    assert parse_response(ids, tokenizer=tokenizer) == expected
+    assert streamed(ids, tokenizer=tokenizer) == expected  # one id at a time
+
+
+def test_ids_of_every_form(tokenizer):
+    ids = tokenizer.encode("r</think>🤖 é")
+    for form in (ids, tuple(ids), torch.tensor(ids), np.array(ids)):
+        assert parse_response(form, tokenizer=tokenizer) == reply("r", "🤖 é")
+    for pieces in (torch.tensor(ids), np.array(ids)):  # numbers without dimensions
+        assert streamed(pieces, tokenizer=tokenizer) == reply("r", "🤖 é")
+
+
+def test_what_follows_the_end_is_ignored_in_ids(tokenizer):
+    for end in ("<|im_end|>", "[EOS]", "[PAD]"):
+        ids = tokenizer.encode(f"r</think>a{end}<|im_user|>user{written()}")
+        assert parse_response(ids, tokenizer=tokenizer) == reply("r", "a")
+        assert streamed(ids, tokenizer=tokenizer) == reply("r", "a")
+
+
+def test_tokens_a_user_added(folder):
+    tokenizer = TikTokenTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["é<new>", SB1])
+    ids = tokenizer.encode(f"</think>é<new>{SB1}{written()}{SE1}")
+    assert ids[1:3] == tokenizer.convert_tokens_to_ids(["é<new>", SB1])
+    assert parse_response(ids, tokenizer=tokenizer) == reply("", "é<new>", call())
+
+
+def test_text_comes_as_soon_as_it_is_certain(tokenizer):
+    parser = ResponseParser()
+    assert parser.feed("a <") == [{"reasoning": "a "}]
+    assert parser.feed("b") == [{"reasoning": "<b"}] and parser.in_reasoning
+    assert parser.feed("c</think") == [{"reasoning": "c"}] and parser.in_reasoning
+    assert parser.feed(">") == [] and not parser.in_reasoning
+    assert parser.feed(f"d{SB}{CB}functions.f:0") == [{"content": "d"}]
+    (begun,) = parser.feed(CA)
+    assert begun == {"tool_calls": [{"index": 0, **call(arguments="")}]}
+    assert parser.feed(' {"a": ') == [{"tool_calls": [{"index": 0, "function": {"arguments": '{"a":'}}]}]
+    assert parser.feed("1} ") == [{"tool_calls": [{"index": 0, "function": {"arguments": " 1}"}}]}]
+    assert parser.feed(CE + SE) == [] and parser.feed("") == []
+    assert parser.feed("<|im") == [] and parser.finish() == [{"content": "<|im"}] and parser.finish() == []
+    robot = tokenizer.encode("🤖")
+    assert len(robot) > 1
+    parser = ResponseParser(False, tokenizer)
+    assert [parser.feed(index) for index in robot] == [[]] * (len(robot) - 1) + [[{"content": "🤖"}]]
+
+
+def test_arguments_of_a_megabyte_take_linear_work(tokenizer):
+    scanned = 0
+
+    class Counting:
+        def __init__(self, pattern):
+            self.pattern = pattern
+
+        def finditer(self, text):
+            nonlocal scanned
+            scanned += len(text)
+            return self.pattern.finditer(text)
+
+    size, step = 1 << 20, 200
+    for filling in ("x", " ", "<", "<|tool_call_", "é🤖"):
+        arguments = json.dumps({"text": (filling * size)[:size]}, ensure_ascii=False)
+        parser, scanned, largest = ResponseParser(False), 0, 0
+        parser._lexer._pattern = Counting(parser._lexer._pattern)
+        deltas = parser.feed(f"{SB}{CB}functions.f:0{CA}")
+        for at in range(0, len(arguments), step):
+            new = parser.feed(arguments[at : at + step])
+            largest = max([largest, *(len(delta["tool_calls"][0]["function"]["arguments"]) for delta in new)])
+            deltas += new
+        deltas += parser.feed(CE) + parser.finish()
+        assert join_deltas(deltas) == reply("", "", call(arguments=arguments))
+        # Every piece is looked at once, with the little before it that may begin a marker, and handed out at once. Only
+        # white space waits, as it may be layout, and is not looked at again.
+        assert scanned < 1.2 * len(arguments)
+        assert filling == " " or largest < step + 40
+    ids = tokenizer.encode(written(arguments='{"text": "' + "word " * (size // 20) + '"}'))
+    (found,) = parse_response(ids, False, tokenizer)["tool_calls"]
+    assert len(found["function"]["arguments"]) > size // 4 and "malformed" not in found
+
+
+def test_arguments_nested_too_deeply_are_kept():
+    arguments = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    (found,) = parse_response(written(arguments=arguments))["tool_calls"]
+    assert found["function"]["arguments"] == arguments
+    number = '{"a": ' + "7" * 10_000 + "}"
+    assert parse_response(written(arguments=number))["tool_calls"] == [call(arguments=number)]
+
+
+@pytest.mark.parametrize(
+    ("piece", "error", "says"),
+    [
+        ([1, 2], TypeError, "tokenizer"),
+        (None, TypeError, "None"),
+        (1.5, TypeError, "1.5 of type float"),
+        ([[1]], TypeError, "row of ids"),
+        (["a"], TypeError, "row of ids"),
+    ],
+)
+def test_what_is_no_reply(piece, error, says):
+    with pytest.raises(error, match=says):
+        parse_response(piece)
+
+
+def test_wrong_use(tokenizer):
+    with pytest.raises(ValueError, match="999999"):
+        parse_response([999999], tokenizer=tokenizer)
+    with pytest.raises(TypeError, match="thinking must be True or False, not 'no'"):
+        parse_response("a", thinking="no")
+    parser = ResponseParser()
+    parser.feed("a")
+    with pytest.raises(TypeError, match="text came before, now bytes"):
+        parser.feed(b"b")
+    parser.finish()
+    with pytest.raises(RuntimeError, match="finished"):
+        parser.feed("b")
+
+
+# ---- Round trip ----
+
+USER = {"role": "user", "content": "x"}
+
+
+def random_message(rng, marker):
+    """A message with, if given, a marker in all that it says."""
+
+    def words():
+        return random_text(rng, 10) and random_text(rng) + marker + random_text(rng)
+
+    calls = [
+        call(rng.choice(["f", "a.b-c"]), index, json.dumps({words(): words()}, indent=rng.choice([None, 2])))
+        for index in range(rng.randrange(4))
+    ]
+    return {"role": "assistant", **reply(words(), words(), *calls)}
+
+
+def check_round_trip(tokenizer, seeds):
+    """Half of the messages talk about a marker, which only ids can tell from one that is meant."""
+    for seed in seeds:
+        rng = random.Random(seed)
+        marker = rng.choice(MARKERS) if seed % 2 else ""
+        message = random_message(rng, "" if marker in (SB1, SE1) else marker)
+        thinking = bool(message["reasoning"]) or rng.random() < 0.5
+        kwargs = {"thinking": thinking, "preserve_thinking": thinking}
+
+        def render(messages, **more):
+            return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs, **more)
+
+        prompt = render([USER])
+        whole = render([USER, message], add_generation_prompt=False)
+        assert whole[: len(prompt)] == prompt
+        ids = whole[len(prompt) :]
+        parsed = parse_response(ids, thinking, tokenizer)
+        assert parsed == {key: message[key] for key in ("reasoning", "content", "tool_calls")}
+        assert marker or parsed == parse_response(tokenizer.decode(ids), thinking)
+        again = render([USER, {"role": "assistant", **parsed}], add_generation_prompt=False)
+        assert again == whole, seed
+
+
+def test_a_parsed_reply_renders_to_the_tokens_it_came_from(tokenizer):
+    check_round_trip(tokenizer, range(300))
+
+
+def test_round_trip_with_the_published_vocabulary(golden, tmp_path):
+    for name in ("tiktoken.model", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((golden / "vocab" / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_bytes((ROOT / "chat_template.jinja").read_bytes())
+    tokenizer = TikTokenTokenizer.from_pretrained(tmp_path)
+    check_round_trip(tokenizer, range(100))
+    check_random_replies(tokenizer, range(100))
+
+
+def test_golden_chats_are_read(golden):
+    read = 0
+    for chat in json.loads((golden / "chat.json").read_text(encoding="utf-8")):
+        replies = [message for message in chat["messages"] if message["role"] == "assistant"]
+        texts = re.split(r"<\|im_assistant\|>\w+<\|im_middle\|><think>", chat["text"])[1:]
+        for message, text in zip(replies, texts):
+            found = parse_response(text.split("<|im_end|>")[0])
+            assert found["content"] == (message.get("content") or "")
+            assert found["reasoning"] in ("", message.get("reasoning") or message.get("reasoning_content"))
+            assert len(found["tool_calls"]) == len(message.get("tool_calls") or ())
+            for made, given in zip(found["tool_calls"], message.get("tool_calls") or ()):
+                arguments = given["function"]["arguments"]
+                arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+                assert json.loads(made["function"].pop("arguments")) == arguments
+                assert made == {**given, "function": {"name": given["function"]["name"]}}
+            read += 1
+    assert read
+
+
+# ---- Where it is used ----
+
+
+def test_streamer(tokenizer):
+    ids = tokenizer.encode(f"r</think>🤖{SB}{written()}{SE}<|im_end|>")
+    streamer = ResponseStreamer(tokenizer, timeout=60)
+    assert {name for name in vars(BaseStreamer) if name[0] != "_"} == {"put", "end"}
+    streamer.put(torch.tensor([tokenizer.encode("a prompt</think>")]))
+    for index in ids[:5]:
+        streamer.put(torch.tensor([index]))
+    streamer.put(torch.tensor(ids[5:9]))
+    streamer.put(torch.tensor([ids[9:]]))  # assisted generation has rows
+    streamer.end()
+    assert join_deltas(streamer) == reply("r", "🤖", call())
+    with pytest.raises(ValueError, match="2 rows"):
+        ResponseStreamer(tokenizer).put(torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(TimeoutError, match="0.01 s"):
+        next(iter(ResponseStreamer(tokenizer, timeout=0.01)))
+
+
+def test_processor_and_streamer_with_generate(tiny_checkpoint):
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint, trust_remote_code=True)
+    inputs = processor.apply_chat_template([USER], tokenize=True, return_dict=True, return_tensors="pt", thinking=False)
+    streamer = ResponseStreamer(processor.tokenizer, thinking=False, timeout=300)
+    out = []
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "streamer": streamer}
+    thread = Thread(target=lambda: out.append(model.generate(**inputs, **options)))
+    thread.start()
+    deltas = list(streamer)
+    thread.join()
+    said = out[0][0, inputs["input_ids"].shape[1] :]
+    assert join_deltas(deltas) == processor.parse_response(said, thinking=False)
+    assert deltas and processor.parse_response("r</think>a") == reply("r", "a")
+
+
+def test_processor_of_the_package(tokenizer):
+    processor = KimiK26Processor(KimiK26ImageProcessor(), tokenizer)
+    text = f"r</think>a{written()}"
+    assert processor.parse_response(text) == processor.parse_response(tokenizer.encode(text)) == reply("r", "a", call())
+    assert processor.parse_response(text, thinking=False)["content"] == "r</think>a"
+
+
+def test_imports_nothing_heavy():
+    code = "import sys; from kimi_k26 import parse_response, ResponseParser, ResponseStreamer; parse_response('a')\n"
+    code += "print(sorted({'torch', 'transformers', 'numpy', 'tiktoken'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_examples_in_the_docstrings():
+    assert doctest.testmod(response_kimi).attempted == 2 and doctest.testmod(response_kimi).failed == 0
