@@ -22,10 +22,6 @@ from .sampling import Sampled, Sampler, sample
 logger = logging.getLogger(__name__)
 
 
-# Whoever joins finds places for so many tokens more, so as not to be sent back at once.
-SLACK = 128
-
-
 class QueueFull(Exception):
     """There is no place left to wait in."""
 
@@ -131,6 +127,8 @@ class Engine:
             and is read again later. Also the longest that prompt and reply together can be.
         prefix_tokens: tokens of answered dialogues that are kept.
     """
+
+    slack = 128  # whoever joins finds places for so many tokens more, so as not to be sent back at once
 
     def __init__(self, model, end_ids, rows=16, queue=64, chunk=512, cache_tokens=2**20, prefix_tokens=2**18):
         self.model, self.end_ids, self.device = model, frozenset(end_ids), model.device
@@ -245,7 +243,7 @@ class Engine:
                 return
             lengths = [len(s.prompt.ids) + len(s.said) for s in self._running]
             lengths += [len(one.ids) for one in self._reading for _ in one.sequences]
-            length = len(first[0].prompt.ids) + len(first[0].said) + SLACK
+            length = len(first[0].prompt.ids) + len(first[0].said) + self.slack
             if lengths and (len(lengths) + len(first)) * max(*lengths, length) > self.cache_tokens:
                 return
             self._reading.append(Reading(self._waiting.popleft()))
