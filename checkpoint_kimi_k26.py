@@ -484,6 +484,18 @@ def release(*modules: torch.nn.Module):
                 _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
+def read_ahead(*modules: torch.nn.Module):
+    """Ask the system to read memory-mapped parameters from their files, all at once and without waiting for them."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    for module in modules:
+        for parameter in module.parameters():
+            if getattr(parameter, "as_in_file", None) == (parameter.data_ptr(), parameter._version):
+                first = parameter.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+                length = parameter.data_ptr() + parameter.nbytes - first
+                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_WILLNEED))
+
+
 def _has_own_pages(first: int, last: int) -> bool:
     """Whether a page between two addresses is not, or no longer, a page of a file, as far as the system tells.
 

@@ -1,7 +1,8 @@
 """Router and experts: which feed-forward networks a token passes through, their products, and where experts live."""
 
+import ctypes
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property, partial
 from itertools import accumulate
 
@@ -9,13 +10,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .checkpoint_kimi_k26 import release
+from .checkpoint_kimi_k26 import read_ahead, release
 from .configuration_kimi_k26 import KimiK26TextConfig
+from .native_kimi_k26 import INPUTS, FeedForward, NativeAddresses, is_plain, library, weighted_experts
+from .parallel_kimi_k26 import Peers
 from .quantization_kimi_k26 import CpuInt4, KeepDtype, KimiK26Int4Linear, int4_linear
 
 
 # Up to this many rows the CPU's INT4 product is faster than unpacking the words and multiplying.
 FEW_ROWS = 48
+ROWS_AT_ONCE = 4096  # by the native kernels, which hold what is inside of the experts for all of them
 ALIGNMENT = 16  # bytes, of the tensors inside one piece of memory: the widest loads of a kernel
 
 
@@ -159,12 +163,50 @@ class ExpertStore:
             self._drop(coldest)
         return True
 
+    def keeps(self, key) -> bool:
+        return key in self._kept
+
     def _drop(self, key):
-        self.bytes_held -= self._kept.pop(key)[1].nbytes
+        layout = self._kept.pop(key)[1]
+        self.bytes_held -= layout.nbytes
+        layout.drop()
 
 
-class CpuExpert:
-    """A routed expert in the layout of the CPU's INT4 product, gate and up in one."""
+class Layout:
+    """An expert as a kernel wants it, `nbytes` large."""
+
+    nbytes = 0
+
+    def drop(self):
+        """Give back what freeing the object alone does not."""
+
+
+class NativeExpert(Layout):
+    """A routed expert for the native kernels, which read the checkpoint's own tensors: their addresses.
+
+    What is held or dropped are the pages of memory that the files' bytes have been read into.
+    """
+
+    def __init__(self, expert: KimiK26MLP, tensors: list[torch.Tensor]):
+        self.expert = expert
+        self.nbytes = sum(tensor.nbytes for tensor in tensors)
+        dtypes = (torch.int32, torch.bfloat16) if len(tensors) == 6 else (torch.bfloat16,)
+        self.usable = all(
+            tensor.dtype == dtypes[k % len(dtypes)] and tensor.is_contiguous() and tensor.device.type == "cpu"
+            for k, tensor in enumerate(tensors)
+        )
+        at = [tensor.data_ptr() for tensor in tensors]
+        at = at if len(at) == 6 else [value for pair in zip(at, (None,) * 3) for value in pair]  # no scales: bfloat16
+        self._addresses = NativeAddresses(*at)
+        self.address = ctypes.addressof(self._addresses)
+        read_ahead(expert)
+
+    def drop(self):
+        release(self.expert)
+
+
+class CpuExpert(Layout):
+    """A routed expert in the layout of PyTorch's INT4 product for the CPU, gate and up in one."""
 
     def __init__(self, expert: KimiK26MLP):
         parts = (expert.gate_proj, expert.up_proj, expert.down_proj)
@@ -178,7 +220,7 @@ class CpuExpert:
         return self.down(F.silu(gate) * up)
 
 
-class DeviceExpert:
+class DeviceExpert(Layout):
     """A routed expert's weights on another device, as they are in the checkpoint, in one piece of its memory.
 
     Args:
@@ -262,10 +304,15 @@ class Routing:
         return order // self.chosen.shape[1], self.weights.flatten()[order].unsqueeze(-1)
 
 
+class AbsentExpert(nn.Module):
+    """In the place of an expert that another process has."""
+
+
 class KimiK26Experts(nn.ModuleList):
     """The routed experts of one layer, each a [`KimiK26MLP`] under its number.
 
-    They may live on several devices: each computes its share of every token's sum at the same time as the others.
+    They may live on several devices, or in several processes: each computes its share of every token's sum at the same
+    time as the others.
     """
 
     def __init__(self, config: KimiK26TextConfig):
@@ -273,9 +320,22 @@ class KimiK26Experts(nn.ModuleList):
         super().__init__(KimiK26MLP(*sizes) for _ in range(config.n_routed_experts))
         hidden, width, group = sizes
         self.has_cpu_layout = group is not None and CpuInt4.fits(2 * width, group) and CpuInt4.fits(hidden, group)
+        self.has_native_widths = hidden % INPUTS == width % INPUTS == (group or INPUTS) % INPUTS == 0
+        self.has_native_widths &= width % (group or INPUTS) == hidden % (group or INPUTS) == 0
+        top_k = config.num_experts_per_tok
+        self.sizes = {"hidden": hidden, "top_k": top_k, "expert_width": width, "group_size": group or 0}
         self.store = ExpertStore()  # one for all layers, once the model is whole
         # Which experts compute where: (device, their numbers); `None` is wherever the tokens are.
         self.shares: list[tuple[torch.device | None, Collection[int]]] = [(None, range(len(self)))]
+        self.peers: Peers | None = None  # the processes that have the experts, where those are several
+
+    def split(self, peers: Peers):
+        """Keep the experts of this process alone."""
+        mine = peers.mine(len(self))
+        self.peers, self.shares = peers, [(None, mine)]
+        for number in range(len(self)):
+            if number not in mine:
+                self[number] = AbsentExpert()
 
     def forward(
         self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, beside: Callable | None = None
@@ -291,6 +351,8 @@ class KimiK26Experts(nn.ModuleList):
         Returns:
             `torch.Tensor` of shape `(tokens, hidden_size)` in the dtype of `x`.
         """
+        if self.peers is not None:
+            x, weights = self.peers.sum_gradients(x, weights)
         routing = Routing(weights, chosen, len(self))
         # All is sent out before the first product starts: a copy waits for what its device has been given before.
         sent = []
@@ -302,11 +364,15 @@ class KimiK26Experts(nn.ModuleList):
         total = parts[0].to(x.device, non_blocking=True)
         for part in parts[1:]:
             total = total + part.to(x.device, non_blocking=True)
+        if self.peers is not None:
+            total = self.peers.sum(total)
         return total.to(x.dtype) if every is None else total.to(x.dtype) + every
 
     def share(self, numbers: Collection[int], x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """What the experts `numbers` add to each token's sum, `(tokens, hidden_size)` float32 (float64 in float64)."""
         dtype = at_least_float32(x.dtype)
+        if (by_kernels := self.native_share(numbers, x, routing)) is not None:
+            return by_kernels.to(dtype)
         if x.shape[0] == 1:
             places = [place for place, number in enumerate(routing.picked[0]) if number in numbers]
             if not places:
@@ -332,7 +398,7 @@ class KimiK26Experts(nn.ModuleList):
         """One expert on its rows, by the fastest way there is for them."""
         expert = self[number]
         projections = (expert.gate_proj, expert.up_proj, expert.down_proj)
-        as_built = all(type(p) in (nn.Linear, KimiK26Int4Linear) and not hasattr(p, "_hf_hook") for p in projections)
+        as_built = all(type(p) in (nn.Linear, KimiK26Int4Linear) and is_plain(p) for p in projections) and is_plain(expert)
         own = as_built and type(projections[0]) is KimiK26Int4Linear
         few = x.shape[0] <= FEW_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
         if few and own and self.has_cpu_layout and not (torch.is_grad_enabled() and x.requires_grad):
@@ -364,6 +430,49 @@ class KimiK26Experts(nn.ModuleList):
         sent = DeviceExpert(expert, device)
         release(expert)  # a copy out of a file has been read by now
         return sent
+
+    def native_share(self, numbers: Collection[int], x: torch.Tensor, routing: Routing) -> torch.Tensor | None:
+        """What [`share`] gives, in bfloat16, by the CPU's native kernels; `None` where they cannot compute it."""
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if not self.has_native_widths or library() is None:
+            return None
+        held = {number: self.native(number) for number, count in enumerate(routing.counts) if count and number in numbers}
+        if None in held.values():
+            return None
+        found = torch.zeros(len(self), dtype=torch.int64)
+        for number, expert in held.items():
+            found[number] = expert.address
+        table, parts = found[routing.chosen], []
+        for some in (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(x), ROWS_AT_ONCE)):
+            given = (part[some].contiguous() for part in (x, routing.weights, routing.chosen, table))
+            parts.append(weighted_experts(*given, FeedForward(**self.sizes)))
+        self.let_go(held)
+        return torch.cat(parts)
+
+    def native(self, number: int) -> NativeExpert | None:
+        """An expert for the native kernels, from the store; `None` where it has adapters or hooks, or lies elsewhere."""
+        expert = self._modules[str(number)]
+        tensors, stamp = [], []
+        for projection in expert._modules.values():
+            if not is_plain(projection) or type(projection) not in (nn.Linear, KimiK26Int4Linear):
+                return None
+            names = ("weight_packed", "weight_scale") if type(projection) is KimiK26Int4Linear else ("weight",)
+            for name in names:
+                tensor = projection._parameters[name]
+                tensors.append(tensor)
+                stamp.append(tensor.data_ptr())
+        if not is_plain(expert):
+            return None
+        held = self.store.get((id(self), number), tuple(stamp), lambda: NativeExpert(expert, tensors))
+        return held if held.usable else None
+
+    def let_go(self, numbers: Iterable[int]):
+        """Give back the memory of experts that were used but are not held."""
+        if self.store.budget is not None:
+            for number in numbers:
+                if not self.store.keeps((id(self), number)):
+                    release(self._modules[str(number)])
 
     def _prepare(self, expert: KimiK26MLP) -> CpuExpert:
         prepared = CpuExpert(expert)

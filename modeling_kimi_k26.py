@@ -21,7 +21,9 @@ from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, logging
 
 from .checkpoint_kimi_k26 import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, release
 from .configuration_kimi_k26 import KimiK26Config
+from .decoding_kimi_k26 import output_layer
 from .experts_kimi_k26 import ExpertStore, KimiK26Router
+from .parallel_kimi_k26 import OF_EXPERTS, as_the_library_takes_it, gather, split_plan
 from .placement_kimi_k26 import OFFLOADED, STRATEGIES, Placement, Sizes, as_device, is_of_experts, memory, plan
 from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
 from .soundness_kimi_k26 import findings_at_load
@@ -29,6 +31,8 @@ from .text_kimi_k26 import KimiK26LanguageModel, KimiK26RMSNorm
 from .vision_kimi_k26 import KimiK26PositionTable, KimiK26Projector, KimiK26VisionTower
 
 # Not used here: version 4 of the library copies from a local folder only what the entry modules import themselves.
+from .cache_kimi_k26 import LatentLayer  # noqa: F401
+from .native_kimi_k26 import library  # noqa: F401
 from .vocabulary_kimi import read_ranks  # noqa: F401
 
 
@@ -110,6 +114,33 @@ class KimiK26PreTrainedModel(PreTrainedModel):
                 device = module.weight_packed.device
                 module.set_weight(torch.randn(module.out_features, module.in_features, device=device) * std)
 
+    def post_init(self):
+        super().post_init()
+        self._tp_plan = split_plan(self.config)
+
+    @property
+    def peers(self):
+        """The processes that share the model's weights, or `None`."""
+        return self.language_model.model.layers[0].self_attn.peers
+
+    def _adjust_missing_and_unexpected_keys(self, *args, **kwargs):
+        if self.peers is not None:  # experts of other processes are not missed by anyone
+            known = self._keys_to_ignore_on_load_unexpected  # a set in transformers 5, a list or `None` before
+            self._keys_to_ignore_on_load_unexpected = [OF_EXPERTS] if known is None else type(known)([*known, OF_EXPERTS])
+        return super()._adjust_missing_and_unexpected_keys(*args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """The library's `save_pretrained`. A model that is split over processes is gathered in the memory of the first,
+        which writes it; all must call this."""
+        if self.peers is None:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        weights = gather(self)
+        if self.peers.rank == 0:
+            super().save_pretrained(save_directory, *args, **{**kwargs, "state_dict": weights})
+        elif hasattr(self, "barrier_after_gathered_checkpoint_save"):  # in which transformers 5 lets the first one wait
+            self.barrier_after_gathered_checkpoint_save(self.config.distributed_config)
+        torch.distributed.barrier(group=self.peers.group)
+
     def freeze_packed(self):
         """Exclude from training what gradients do not reach: scales, and the router's correction bias."""
         for module in self.modules():
@@ -150,7 +181,7 @@ class KimiK26PreTrainedModel(PreTrainedModel):
         """
         if "dtype" not in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype", None) or "auto"
-        expert_budget = kwargs.pop("expert_budget", None)
+        expert_budget, kwargs = kwargs.pop("expert_budget", None), as_the_library_takes_it(kwargs)
         if not _maps_into_memory(pretrained_model_name_or_path, model_args, kwargs):
             _refuse_damage(cls, pretrained_model_name_or_path, kwargs)
             result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -473,7 +504,7 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept
-        logits = self.language_model.lm_head(outputs.last_hidden_state[:, kept])
+        logits = output_layer(self.language_model.lm_head, outputs.last_hidden_state[:, kept])
         if self.language_model.model.streams:
             release(self.get_input_embeddings(), self.language_model.lm_head)
         loss = None

@@ -12,15 +12,18 @@ from typing import Optional
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_kimi_k26 import write_latents
 from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
+from .decoding_kimi_k26 import native_layer
 from .experts_kimi_k26 import ExpertStore, KimiK26MLP, KimiK26MoE, at_least_float32
+from .parallel_kimi_k26 import Peers, check_split, local
 
 
 LATENT_NORM_EPS = 1e-6  # of the two norms inside attention; the config has only the layers' own
@@ -189,28 +192,12 @@ def current_weight(linear: nn.Module) -> torch.Tensor:
     it: its answer to the unit matrix is its weight, transposed.
     """
     if type(linear) is nn.Linear and not hasattr(linear, "_hf_hook"):
-        return linear.weight
+        return local(linear.weight)
     reference = next(linear.parameters())
     dtype = reference.dtype if reference.dtype.is_floating_point else torch.get_default_dtype()
     device = getattr(getattr(linear, "_hf_hook", None), "execution_device", None)
     device = reference.device if device is None else device
     return linear(torch.eye(linear.in_features, dtype=dtype, device=device)).transpose(0, 1)
-
-
-def write_latents(cache: Cache, layer_idx: int, latent, rotary_key, query_index):
-    """Append to a cache of the library; give back what it holds now.
-
-    Args:
-        latent (`torch.Tensor` of shape `(batch, 1, queries, kv_lora_rank)`), rotary_key (`(…, qk_rope_head_dim)`).
-    """
-    layers = getattr(cache, "layers", ())
-    layer = layers[layer_idx] if layer_idx < len(layers) else None
-    if isinstance(layer, StaticLayer) and not layer.is_initialized and not hasattr(layer, "cumulative_length"):
-        # transformers 4 allocates values as wide as keys; ours are not.
-        layer.lazy_initialization(latent)
-        layer.values = rotary_key.new_zeros(*layer.values.shape[:-1], rotary_key.shape[-1])
-        torch._dynamo.mark_static_address(layer.values)
-    return cache.update(latent, rotary_key, layer_idx, {"cache_position": query_index})
 
 
 class KimiK26Attention(nn.Module):
@@ -239,6 +226,12 @@ class KimiK26Attention(nn.Module):
         # expansion costs rank · (nope + v_dim) per key, once: below this many queries the latents are cheaper.
         saved = 2 * self.rank - self.nope - self.v_dim
         self.few_queries = self.rank * (self.nope + self.v_dim) // saved if saved > 0 else torch.iinfo(torch.int64).max
+        self.peers: Optional[Peers] = None  # the processes that have the heads, where those are several
+
+    def split(self, peers: Peers):
+        """Keep the heads of this process alone; latents, and so the cache, are every process's own."""
+        check_split(self.config, peers.size)
+        self.peers, self.heads = peers, len(peers.mine(self.heads))
 
     def forward(
         self,
@@ -268,6 +261,8 @@ class KimiK26Attention(nn.Module):
         latent, rotary_key = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
         latent = self.kv_a_layernorm(latent).unsqueeze(1)  # (batch, 1, queries, rank)
         rotary_key = rotate_pairs(rotary_key.unsqueeze(2), cos, sin).transpose(1, 2)
+        if self.peers is not None:
+            latent, rotary_key = self.peers.sum_gradients(latent, rotary_key)
         if past_key_values is not None:
             latent, rotary_key = write_latents(past_key_values, self.layer_idx, latent, rotary_key, span.query_index)
         latent, rotary_key = latent.squeeze(1), rotary_key.squeeze(1)  # (batch, keys, rank or rope)
@@ -412,9 +407,14 @@ class KimiK26DecoderLayer(GradientCheckpointingLayer):
             self.mlp = KimiK26MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = KimiK26RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = KimiK26RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.native = None  # what the native kernels know of this layer, once they have served it
 
     def forward(self, x: torch.Tensor, rotary, span: AttentionSpan, past_key_values=None, output_attentions=False):
         """`(batch, length, hidden_size)` → the same, the attention weights or `None`, the router logits or `None`."""
+        native = None if output_attentions else native_layer(self, x, span, past_key_values)
+        if native is not None:
+            x, router_logits = native(x, rotary, span.padding, past_key_values)
+            return x, None, router_logits
         out, weights = self.self_attn(self.input_layernorm(x), rotary, span, past_key_values, output_attentions)
         x = x + out
         out, router_logits = self.mlp(self.post_attention_layernorm(x)), None

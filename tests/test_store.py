@@ -8,10 +8,10 @@ import torch
 
 from kimi_k26 import KimiK26ForConditionalGeneration
 from kimi_k26.checkpoint_kimi_k26 import Checkpoint, release
-from kimi_k26.experts_kimi_k26 import ExpertStore
+from kimi_k26.experts_kimi_k26 import ExpertStore, Layout
 
 
-class Layout:
+class Sized(Layout):
     def __init__(self, nbytes):
         self.nbytes = nbytes
 
@@ -34,7 +34,7 @@ def test_the_store_counts_and_keeps_what_fits():
     made = []
 
     def get(key, size=40):
-        return store.get(key, 0, lambda: made.append(key) or Layout(size))
+        return store.get(key, 0, lambda: made.append(key) or Sized(size))
 
     get("a"), get("b"), get("a")
     assert made == ["a", "b"] and (store.hits, store.misses) == (1, 2)
@@ -51,15 +51,15 @@ def test_the_store_counts_and_keeps_what_fits():
 
 def test_a_layout_is_made_again_when_its_tensors_change():
     store = ExpertStore()
-    first = store.get("a", 1, lambda: Layout(1))
-    assert store.get("a", 1, lambda: Layout(1)) is first
-    assert store.get("a", 2, lambda: Layout(1)) is not first and store.bytes_held == 1
+    first = store.get("a", 1, lambda: Sized(1))
+    assert store.get("a", 1, lambda: Sized(1)) is first
+    assert store.get("a", 2, lambda: Sized(1)) is not first and store.bytes_held == 1
 
 
 def test_counts_fade():
     store = ExpertStore()
     for _ in range(store.FORGET_AFTER + 10):
-        store.get("a", 0, lambda: Layout(1))
+        store.get("a", 0, lambda: Sized(1))
     assert store._asked["a"] < store.FORGET_AFTER
 
 

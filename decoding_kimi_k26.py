@@ -1,0 +1,218 @@
+"""One new token per row through a decoder layer on a CPU, by the native kernels instead of PyTorch's operations."""
+
+import ctypes
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.cache_utils import Cache
+
+from .cache_kimi_k26 import LatentLayer, layer_of
+from .native_kimi_k26 import INPUTS, MAX_HEADS, Attention, FeedForward, Latents, addresses, few_rows, i64, is_plain, library
+
+
+MOST_ROWS = 32  # above that the matrix products of PyTorch are faster
+# The modules whose sums the kernels know. By name: in version 5 of the library each entry module has classes of its own.
+KNOWN = {f"KimiK26{name}" for name in ("Attention", "Experts", "Int4Linear", "MLP", "MoE", "RMSNorm", "Router")} | {"Linear"}
+
+
+class NativeLayer:
+    """What the native kernels must know of one decoder layer: the addresses of its weights, while they stay there.
+
+    Args:
+        layer (`KimiK26DecoderLayer`): with `self_attn`, `mlp` and its two norms.
+
+    Attributes:
+        fits (`bool`): whether the kernels can compute this layer: bfloat16 weights in main memory, fitting widths.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.layer, self.fits = layer, True
+        self._modules: list[tuple[dict, str, nn.Module]] = []  # where each module must be found again
+        self._tensors: list[tuple[dict, str, int]] = []  # and each weight
+        attention, mlp = self._own(layer, "self_attn"), self._own(layer, "mlp")
+        self.has_experts = hasattr(mlp, "experts")
+        if self.has_experts:
+            self.fits &= [device for device, _ in mlp.experts.shares] == [None]
+        self.attention = self._describe_attention(attention)
+        self.feed_forward = self._describe_feed_forward(mlp)
+
+    def _own(self, parent: nn.Module, name: str) -> nn.Module:
+        module = parent._modules[name]
+        self.fits &= type(module).__name__ in KNOWN
+        self._modules.append((parent._modules, name, module))
+        return module
+
+    def _weight(self, parent: nn.Module, module: str, name: str = "weight"):
+        """The address of a parameter, or `None` where there is none."""
+        parameters = self._own(parent, module)._parameters
+        parameter = parameters.get(name)
+        if parameter is None:
+            return None
+        dtype = torch.float32 if name == "e_score_correction_bias" else torch.bfloat16
+        self.fits &= parameter.dtype == dtype and parameter.is_contiguous() and parameter.device.type == "cpu"
+        self._tensors.append((parameters, name, parameter.data_ptr()))
+        return parameter.data_ptr()
+
+    def _describe_attention(self, attention: nn.Module) -> Attention:
+        config = attention.config
+        self.fits &= config.hidden_size % INPUTS == attention.rank % INPUTS == 0 and attention.heads <= MAX_HEADS
+        self.fits &= attention.nope % 2 == attention.rope % 2 == attention.v_dim % 4 == 0
+        described = Attention(
+            norm=self._weight(self.layer, "input_layernorm"),
+            kv_a=self._weight(attention, "kv_a_proj_with_mqa"),
+            kv_a_bias=self._weight(attention, "kv_a_proj_with_mqa", "bias"),
+            kv_a_norm=self._weight(attention, "kv_a_layernorm"),
+            kv_b=self._weight(attention, "kv_b_proj"),
+            o=self._weight(attention, "o_proj"),
+            o_bias=self._weight(attention, "o_proj", "bias"),
+            hidden=config.hidden_size,
+            heads=attention.heads,
+            nope=attention.nope,
+            rope=attention.rope,
+            v=attention.v_dim,
+            rank=attention.rank,
+            eps=self.layer.input_layernorm.eps,
+            latent_eps=attention.kv_a_layernorm.eps,
+            scale=attention.scaling,
+        )
+        if config.q_lora_rank is None:
+            described.q_b = self._weight(attention, "q_proj")
+        else:
+            described.q_lora = config.q_lora_rank
+            described.q_a = self._weight(attention, "q_a_proj")
+            described.q_a_bias = self._weight(attention, "q_a_proj", "bias")
+            described.q_a_norm = self._weight(attention, "q_a_layernorm")
+            described.q_b = self._weight(attention, "q_b_proj")
+        return described
+
+    def _describe_feed_forward(self, mlp: nn.Module) -> FeedForward:
+        config = self.layer.self_attn.config
+        norm = self._weight(self.layer, "post_attention_layernorm")
+        described = FeedForward(norm=norm, hidden=config.hidden_size, eps=self.layer.post_attention_layernorm.eps)
+        network = mlp
+        if self.has_experts:
+            router, group = mlp.gate, config.int4_group_size or 0
+            self._own(mlp, "experts")
+            self.fits &= config.moe_intermediate_size % (group or INPUTS) == group % INPUTS == 0
+            described.router = self._weight(mlp, "gate")
+            described.bias = self._weight(mlp, "gate", "e_score_correction_bias")
+            described.experts, described.top_k = config.n_routed_experts, router.top_k
+            described.groups, described.top_groups = router.n_group, router.topk_group
+            described.normalize, described.scaling = router.normalize, router.scaling
+            described.expert_width, described.group_size = config.moe_intermediate_size, group
+            network = None if mlp.shared_experts is None else self._own(mlp, "shared_experts")
+        if network is not None:
+            for name in ("gate", "up", "down"):
+                setattr(described, name, self._weight(network, f"{name}_proj"))
+            described.width = network.gate_proj.out_features
+        return described
+
+    def __reduce__(self):
+        return type(None), ()  # addresses are no good in a copy
+
+    def is_current(self) -> bool:
+        """Whether every weight is where it was, in modules that do no more than their class says."""
+        return all(modules.get(name) is module and is_plain(module) for modules, name, module in self._modules) and all(
+            parameters[name].data_ptr() == at for parameters, name, at in self._tensors
+        )
+
+    def __call__(self, x: torch.Tensor, rotary, padding, past_key_values: Cache):
+        """`x` `(batch, 1, hidden_size)` bfloat16 → the same after the layer, and the router's logits or `None`."""
+        rows, threads = i64(x.shape[0]), i64(torch.get_num_threads())
+        x = x.contiguous()
+        cos, sin = (part.expand(x.shape[0], 1, -1).contiguous() for part in rotary)
+        cache = self._extend(past_key_values, x, padding)
+        middle, out = torch.empty_like(x), torch.empty_like(x)
+        kernels, pointer = library(), ctypes.byref
+        kernels.kimi_attention(
+            pointer(self.attention), pointer(cache), rows, *addresses(x, cos, sin, middle), threads
+        )
+        if not self.has_experts:
+            kernels.kimi_dense(pointer(self.feed_forward), rows, *addresses(middle, out), threads)
+            return out, None
+        experts, top_k = self.layer.mlp.experts, self.feed_forward.top_k
+        normed = torch.empty_like(x)
+        logits = x.new_empty(x.shape[0], self.feed_forward.experts, dtype=torch.float32)
+        weights = x.new_empty(x.shape[0], top_k, dtype=torch.float32)
+        chosen = x.new_empty(x.shape[0], top_k, dtype=torch.int64)
+        kernels.kimi_route(
+            pointer(self.feed_forward), rows, *addresses(middle, normed, logits, weights, chosen), threads
+        )
+        picked = chosen.flatten().tolist()
+        held = {number: experts.native(number) for number in dict.fromkeys(picked)}
+        if None in held.values():  # adapters or hooks on an expert
+            return middle + self.layer.mlp(self.layer.post_attention_layernorm(middle))[0], logits
+        table = torch.tensor([held[number].address for number in picked])
+        kernels.kimi_experts(
+            pointer(self.feed_forward), rows, *addresses(middle, normed, weights, chosen, table, out), threads
+        )
+        experts.let_go(held)
+        return out, logits
+
+    def _extend(self, cache: Cache, x: torch.Tensor, padding) -> Latents:
+        """One more place for each row in the cache of this layer."""
+        layer = layer_of(cache, self.layer.self_attn.layer_idx)
+        past = layer.extend(x, (self.attention.rank, self.attention.rope), 1)
+        latent, rotary = layer.keys, layer.values
+        where = Latents(
+            latent=latent.data_ptr(),
+            rotary=rotary.data_ptr(),
+            latent_row=latent.stride(0),
+            latent_key=latent.stride(2),
+            rotary_row=rotary.stride(0),
+            rotary_key=rotary.stride(2),
+            past=past,
+        )
+        if padding is not None:
+            where.mask, where.mask_row = padding.data_ptr(), padding.stride(0)
+        return where
+
+
+def native_layer(layer: nn.Module, x: torch.Tensor, span, past_key_values: Cache):
+    """The [`NativeLayer`] of a decoder layer where the kernels can serve this call, else `None`.
+
+    They serve one new token per row, bfloat16 on the CPU, without gradients, over a growing cache.
+    """
+    if (
+        x.shape[1] != 1
+        or x.shape[0] > MOST_ROWS
+        or x.dtype != torch.bfloat16
+        or x.device.type != "cpu"
+        or past_key_values is None
+        or layer.training
+        or layer.self_attn.peers is not None
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or span.given is not None
+        or span.documents is not None
+        or _has_any_global_hook()
+        or type(layer_of(past_key_values, layer.self_attn.layer_idx)) is not LatentLayer
+        or library() is None
+    ):
+        return None
+    if layer.native is None or not layer.native.is_current():
+        layer.native = NativeLayer(layer)
+    return layer.native if layer.native.fits and layer.native.is_current() else None
+
+
+def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`linear(x)`, `(batch, length, hidden_size)` → `(batch, length, vocab_size)`, natively where few rows ask for it."""
+    rows = x.shape[0] * x.shape[1]
+    if (
+        rows > MOST_ROWS
+        or x.dtype != torch.bfloat16
+        or x.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or type(linear) is not nn.Linear
+        or type(linear.weight) is not nn.Parameter
+        or not is_plain(linear)
+        or linear.bias is not None
+        or linear.weight.dtype != torch.bfloat16
+        or not linear.weight.is_contiguous()
+        or linear.weight.device.type != "cpu"
+        or library() is None
+    ):
+        return linear(x)
+    return few_rows(x.flatten(0, 1).contiguous(), linear.weight).unflatten(0, x.shape[:2])

@@ -1,0 +1,238 @@
+"""The native kernels beside the plain path in float32 on the same bfloat16 weights: they may be off by roundings only."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
+from kimi_k26.cache_kimi_k26 import layer_of
+from kimi_k26.experts_kimi_k26 import Routing
+from kimi_k26.native_kimi_k26 import dequantize, few_rows, library
+from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
+from kimi_k26.text_kimi_k26 import AttentionSpan
+
+from .tiny_models import config_dict, fill
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no compiler, or a processor without bfloat16 products")
+
+WIDE = {
+    "hidden_size": 96,
+    "intermediate_size": 80,
+    "moe_intermediate_size": 64,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 40,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 10,
+    "num_hidden_layers": 2,
+}
+SHAPES = {
+    "as published": {},
+    "bfloat16 experts": {"quantized": False},
+    "query without a bottleneck": {"q_lora_rank": None},
+    "biases": {"attention_bias": True},
+    "two shared experts": {"n_shared_experts": 2},
+    "no shared expert": {"n_shared_experts": 0},
+    "groups of experts": {"n_group": 4, "topk_group": 2},
+    "weights not normalized": {"norm_topk_prob": False},
+    "three heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    "group size 64": {"group_size": 64, "hidden_size": 128},
+}
+
+
+def make(changes: dict) -> KimiK26ForConditionalGeneration:
+    changes = {"quantized": True, "group_size": 32, **WIDE, **changes}
+    quantized, group_size = changes.pop("quantized"), changes.pop("group_size")
+    written = config_dict(vision=False, quantized=quantized, **changes)
+    if quantized:
+        written["text_config"]["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = group_size
+    model = fill(KimiK26ForConditionalGeneration(KimiK26Config(**written)).eval())
+    return model.to(torch.bfloat16)
+
+
+def one_step(layer, x, cos, sin, latents, rotary, padding=None):
+    """A layer's answer to one new token per row after the given latents, and what the cache then holds."""
+    cache = DynamicCache()
+    rows, past = latents.shape[0], latents.shape[2]
+    index = layer.self_attn.layer_idx
+    held = layer_of(cache, index)
+    if past:
+        held.update(latents, rotary)
+    span = AttentionSpan(torch.tensor([past]), past, padding)
+    with torch.no_grad():
+        out, _, logits = layer(x, (cos, sin), span, past_key_values=cache)
+    assert held.keys.shape == (rows, 1, past + 1, latents.shape[3])
+    return out, logits, held.keys, held.values
+
+
+def inputs(model, rows, past, seed=0):
+    config = model.config.text_config
+    torch.manual_seed(seed)
+    x = torch.randn(rows, 1, config.hidden_size).bfloat16()
+    angle = torch.rand(rows, 1, config.qk_rope_head_dim // 2) * 6
+    latents = torch.randn(rows, 1, past, config.kv_lora_rank).bfloat16()
+    return x, angle.cos(), angle.sin(), latents, torch.randn(rows, 1, past, config.qk_rope_head_dim).bfloat16()
+
+
+def error(got, want):
+    return float((got.float() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows, past, threads", [(1, 0, 2), (1, 37, 1), (3, 200, 3), (9, 64, 2), (32, 31, 1)])
+def test_a_layer_is_the_plain_one(shape, rows, past, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model = make(SHAPES[shape])
+    plain = copy.deepcopy(model).float()
+    given = inputs(model, rows, past)
+    for layer, reference in zip(model.language_model.model.layers, plain.language_model.model.layers):
+        got = one_step(layer, *given)
+        assert layer.native is not None and layer.native.fits
+        want = one_step(reference, *(part.float() for part in given))
+        assert reference.native is None
+        assert error(got[0], want[0]) < 0.02
+        assert error(got[2], want[2]) < 0.01 and error(got[3], want[3]) < 0.01
+        if want[1] is not None:
+            assert error(got[1], want[1]) < 0.02
+
+
+def test_padding_is_not_seen():
+    model = make({})
+    layer = model.language_model.model.layers[1]
+    x, cos, sin, latents, rotary = inputs(model, 3, 70)
+    padding = torch.ones(3, 71, dtype=torch.long)
+    padding[0, :5], padding[1, :40], padding[2, :70] = 0, 0, 0
+    got = one_step(layer, x, cos, sin, latents, rotary, padding)[0]
+    assert layer.native is not None
+    for row, hidden in enumerate((5, 40, 70)):
+        here = slice(row, row + 1)
+        alone = one_step(layer, x[here], cos[here], sin[here], latents[here, :, hidden:], rotary[here, :, hidden:])[0]
+        assert error(got[here], alone.float()) < 0.01
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_batch_is_its_rows(threads, monkeypatch):
+    """To the last bit: who shares a batch changes nothing."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model = make({})
+    layer = model.language_model.model.layers[1]
+    given = inputs(model, 11, 50)
+    together = one_step(layer, *given)[0]
+    for row in range(11):
+        alone = one_step(layer, *(part[row : row + 1] for part in given))[0]
+        assert torch.equal(together[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("rows, outputs, inputs_", [(1, 5, 32), (2, 33, 64), (7, 16, 96), (20, 50, 160), (1, 4096, 48)])
+def test_few_rows(rows, outputs, inputs_):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, inputs_).bfloat16(), torch.randn(outputs, inputs_).bfloat16()
+    want = x.float() @ weight.float().T
+    torch.testing.assert_close(few_rows(x, weight).float(), want, rtol=0.01, atol=0.01 * inputs_**0.5)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_dequantizing_gives_the_same_bits(group):
+    torch.manual_seed(0)
+    words, scale = quantize_int4(torch.randn(37, 256).bfloat16(), group)
+    out = torch.empty(37, 256, dtype=torch.bfloat16)
+    dequantize(words, scale, out)
+    assert torch.equal(out, dequantize_int4(words, scale, torch.bfloat16))
+
+
+def test_a_weight_that_moved_is_found_again():
+    model = make({})
+    layer = model.language_model.model.layers[1]
+    given = inputs(model, 1, 5)
+    before = one_step(layer, *given)[0]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight = torch.nn.Parameter(torch.zeros_like(layer.self_attn.o_proj.weight))
+        for expert in layer.mlp.experts:
+            expert.down_proj.weight_scale.data = torch.zeros_like(expert.down_proj.weight_scale)
+        layer.mlp.shared_experts.down_proj.weight.zero_()
+    after = one_step(layer, *given)[0]
+    assert torch.equal(after, given[0]) and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("where", ["self_attn.o_proj", "mlp.gate", "mlp.experts.3", "mlp.experts.3.up_proj", "input_layernorm"])
+def test_hooks_are_heard(where):
+    """What a user hangs on a module runs, wherever it is."""
+    model = make({"num_experts_per_tok": 8})
+    layer = model.language_model.model.layers[1]
+    calls = []
+    layer.get_submodule(where).register_forward_hook(lambda *_: calls.append(1))
+    one_step(layer, *inputs(model, 1, 5))
+    assert calls
+
+
+def test_a_copy_has_its_own():
+    model = make({})
+    layer = model.language_model.model.layers[1]
+    given = inputs(model, 1, 5)
+    want = one_step(layer, *given)[0]
+    other = copy.deepcopy(layer)
+    assert other.native is None
+    assert torch.equal(one_step(other, *given)[0], want)
+
+
+def test_float32_and_gradients_take_the_plain_path():
+    model = make({})
+    ids = torch.tensor([[3]])
+    cache = DynamicCache()
+    model(input_ids=torch.tensor([[1, 2]]), past_key_values=cache)
+    model(input_ids=ids, past_key_values=cache).logits.sum().backward()
+    assert all(layer.native is None for layer in model.language_model.model.layers)
+
+
+@pytest.mark.parametrize("shape", ["as published", "bfloat16 experts", "group size 64"])
+@pytest.mark.parametrize("rows", [2, 5, 40, 300])
+def test_experts_on_many_rows(shape, rows):
+    model = make(SHAPES[shape])
+    experts = model.language_model.model.layers[1].mlp.experts
+    reference = copy.deepcopy(experts).float()
+    torch.manual_seed(rows)
+    x = torch.randn(rows, experts.sizes["hidden"]).bfloat16()
+    weights = torch.rand(rows, 3)
+    chosen = torch.stack([torch.randperm(5)[:3] for _ in range(rows)])  # three experts of eight get nothing
+    with torch.no_grad():
+        got, want = experts(x, weights, chosen), reference(x.float(), weights, chosen)
+    assert experts.store.misses == len(chosen.unique()) and reference.store.misses == 0
+    assert error(got, want) < 0.01
+
+
+def test_a_share_of_the_experts():
+    """What some experts add and what the others add makes up the whole."""
+    model = make({})
+    experts = model.language_model.model.layers[1].mlp.experts
+    torch.manual_seed(0)
+    x, weights = torch.randn(20, 96).bfloat16(), torch.rand(20, 3)
+    routing = Routing(weights, torch.stack([torch.randperm(8)[:3] for _ in range(20)]), 8)
+    with torch.no_grad():
+        parts = experts.native_share(range(3), x, routing).float() + experts.native_share(range(3, 8), x, routing).float()
+        assert error(experts.native_share(range(8), x, routing), parts) < 0.01
+
+
+def test_logits_are_no_farther_from_float32_than_those_of_the_plain_path(monkeypatch):
+    model = make({"num_experts_per_tok": 8})  # all experts: no choice hangs on a rounding
+    plain = copy.deepcopy(model).float()
+    ids = torch.randint(0, 90, (2, 30), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def logits(model):
+        out, parts = model(input_ids=ids[:, :10], use_cache=True), []
+        for at in range(10, 30):
+            out = model(input_ids=ids[:, at : at + 1], past_key_values=out.past_key_values)
+            parts.append(out.logits.float())
+        return torch.cat(parts, dim=1)
+
+    want, fast = logits(plain), logits(model)
+    assert model.language_model.model.layers[1].native is not None
+    monkeypatch.setattr("kimi_k26.decoding_kimi_k26.library", lambda: None)
+    monkeypatch.setattr("kimi_k26.experts_kimi_k26.library", lambda: None)
+    slow = logits(model)
+    assert not torch.equal(fast, slow)
+    assert error(fast, want) < 1.2 * error(slow, want)
