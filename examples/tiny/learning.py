@@ -42,7 +42,7 @@ class StackedExperts(nn.Module):
         self.real: torch.Tensor | None = None  # (tokens,) boolean: padding passes no expert
         self.load = torch.zeros(experts)  # tokens each expert got since it was last read
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, beside=None) -> torch.Tensor:
         experts, (tokens, top_k) = len(self.gate), chosen.shape
         flat = chosen.flatten()
         if self.real is not None:
@@ -62,7 +62,8 @@ class StackedExperts(nn.Module):
         inner = F.silu(given @ self.gate.transpose(1, 2)) * (given @ self.up.transpose(1, 2))
         out = F.pad((inner @ self.down.transpose(1, 2)).flatten(0, 1), (0, 0, 0, 1))
         out = out.index_select(0, places).view(tokens, top_k, -1)
-        return (out.float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        out = (out.float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        return out if beside is None else out + beside(x)
 
     @torch.no_grad()
     def weigh(self, experts: KimiK26Experts) -> None:
