@@ -63,7 +63,7 @@ class StackedExperts(nn.Module):
         out = F.pad((inner @ self.down.transpose(1, 2)).flatten(0, 1), (0, 0, 0, 1))
         out = out.index_select(0, places).view(tokens, top_k, -1)
         out = (out.float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-        return out if beside is None else out + beside(x)
+        return out if beside is None else out + beside()
 
     @torch.no_grad()
     def weigh(self, experts: KimiK26Experts) -> None:
