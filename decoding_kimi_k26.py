@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 
 from .cache_kimi_k26 import LatentLayer, layer_of
 from .native_kimi_k26 import INPUTS, MAX_HEADS, Attention, FeedForward, Latents, addresses, few_rows, i64, is_plain, library
@@ -27,7 +27,7 @@ class NativeLayer:
     """
 
     def __init__(self, layer: nn.Module):
-        self.layer, self.fits = layer, True
+        self.layer, self.fits, self._padding = layer, True, None
         self._modules: list[tuple[dict, str, nn.Module]] = []  # where each module must be found again
         self._tensors: list[tuple[dict, str, int]] = []  # and each weight
         attention, mlp = self._own(layer, "self_attn"), self._own(layer, "mlp")
@@ -117,12 +117,12 @@ class NativeLayer:
             parameters[name].data_ptr() == at for parameters, name, at in self._tensors
         )
 
-    def __call__(self, x: torch.Tensor, rotary, padding, past_key_values: Cache):
+    def __call__(self, x: torch.Tensor, rotary, span, past_key_values: Cache):
         """`x` `(batch, 1, hidden_size)` bfloat16 → the same after the layer, and the router's logits or `None`."""
         rows, threads = i64(x.shape[0]), i64(torch.get_num_threads())
         x = x.contiguous()
         cos, sin = (part.expand(x.shape[0], 1, -1).contiguous() for part in rotary)
-        cache = self._extend(past_key_values, x, padding)
+        cache = self._extend(past_key_values, x, span)
         middle, out = torch.empty_like(x), torch.empty_like(x)
         kernels, pointer = library(), ctypes.byref
         kernels.kimi_attention(
@@ -150,10 +150,15 @@ class NativeLayer:
         experts.let_go(held)
         return out, logits
 
-    def _extend(self, cache: Cache, x: torch.Tensor, padding) -> Latents:
+    def _extend(self, cache: Cache, x: torch.Tensor, span) -> Latents:
         """One more place for each row in the cache of this layer."""
         layer = layer_of(cache, self.layer.self_attn.layer_idx)
-        past = layer.extend(x, (self.attention.rank, self.attention.rope), 1)
+        if type(layer) is LatentLayer:
+            past = layer.extend(x, (self.attention.rank, self.attention.rope), 1)
+        else:
+            past = int(span.query_index[0])
+            if hasattr(layer, "cumulative_length"):  # transformers 5 counts
+                layer.cumulative_length.add_(1)
         latent, rotary = layer.keys, layer.values
         where = Latents(
             latent=latent.data_ptr(),
@@ -164,15 +169,29 @@ class NativeLayer:
             rotary_key=rotary.stride(2),
             past=past,
         )
-        if padding is not None:
-            where.mask, where.mask_row = padding.data_ptr(), padding.stride(0)
+        if span.padding is not None:
+            self._padding = span.padding.contiguous()  # kept until the kernels have read it
+            where.mask, where.mask_row = self._padding.data_ptr(), self._padding.stride(0)
         return where
+
+
+def has_room(layer, x: torch.Tensor, span) -> bool:
+    """Whether the kernels can write one more token of each row into this layer of a cache."""
+    if type(layer) is LatentLayer:
+        return not layer.is_initialized or layer.dtype == x.dtype and layer.keys.shape[0] == x.shape[0]
+    return (
+        type(layer) is StaticLayer
+        and layer.is_initialized
+        and layer.keys.dtype == x.dtype
+        and layer.keys.shape[0] == x.shape[0]
+        and int(span.query_index[0]) < layer.keys.shape[2]
+    )
 
 
 def native_layer(layer: nn.Module, x: torch.Tensor, span, past_key_values: Cache):
     """The [`NativeLayer`] of a decoder layer where the kernels can serve this call, else `None`.
 
-    They serve one new token per row, bfloat16 on the CPU, without gradients, over a growing cache.
+    They serve one new token per row, bfloat16 on the CPU, without gradients, over a growing or a static cache.
     """
     if (
         x.shape[1] != 1
@@ -187,7 +206,7 @@ def native_layer(layer: nn.Module, x: torch.Tensor, span, past_key_values: Cache
         or span.given is not None
         or span.documents is not None
         or _has_any_global_hook()
-        or type(layer_of(past_key_values, layer.self_attn.layer_idx)) is not LatentLayer
+        or not has_room(layer_of(past_key_values, layer.self_attn.layer_idx), x, span)
         or library() is None
     ):
         return None

@@ -413,7 +413,7 @@ class KimiK26DecoderLayer(GradientCheckpointingLayer):
         """`(batch, length, hidden_size)` → the same, the attention weights or `None`, the router logits or `None`."""
         native = None if output_attentions else native_layer(self, x, span, past_key_values)
         if native is not None:
-            x, router_logits = native(x, rotary, span.padding, past_key_values)
+            x, router_logits = native(x, rotary, span, past_key_values)
             return x, None, router_logits
         out, weights = self.self_attn(self.input_layernorm(x), rotary, span, past_key_values, output_attentions)
         x = x + out

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
-from kimi_k26.cache_kimi_k26 import layer_of
+from kimi_k26.cache_kimi_k26 import layer_of, write_latents
 from kimi_k26.experts_kimi_k26 import Routing
 from kimi_k26.native_kimi_k26 import dequantize, few_rows, library
 from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
@@ -142,6 +142,39 @@ def test_dequantizing_gives_the_same_bits(group):
     out = torch.empty(37, 256, dtype=torch.bfloat16)
     dequantize(words, scale, out)
     assert torch.equal(out, dequantize_int4(words, scale, torch.bfloat16))
+
+
+def test_a_static_cache_gives_the_same_bits():
+    model = make({})
+    layer = model.language_model.model.layers[1]
+    x, cos, sin, latents, rotary = inputs(model, 3, 20)
+    padding = torch.ones(3, 21, dtype=torch.long)
+    padding[0, :7] = 0
+    want = one_step(layer, x, cos, sin, latents, rotary, padding)[0]
+    cache = StaticCache(config=model.config.text_config, max_cache_len=32)
+    span = AttentionSpan(torch.tensor([20]), None, padding)
+    layer.native = None
+    with torch.no_grad():
+        for at in range(2):
+            write_latents(cache, at, latents, rotary, torch.arange(20))
+        got = layer(x, (cos, sin), span, past_key_values=cache)[0]
+    assert layer.native is not None
+    assert torch.equal(got, want) and int(cache.get_seq_length(1)) == 21
+
+
+def test_a_cache_may_be_cut_and_chosen_from():
+    model = make({})
+    ids = torch.randint(0, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        model(input_ids=ids[:, :1], past_key_values=cache)
+        assert cache.layers[0].keys.shape[2] == 13
+        cache.crop(-5)
+        cache.batch_select_indices(torch.tensor([1]))
+        got = model(input_ids=ids[1:, 8:9], past_key_values=cache).logits[:, -1]
+        fresh = model(input_ids=ids[1:, :8], use_cache=True).past_key_values
+        want = model(input_ids=ids[1:, 8:9], past_key_values=fresh).logits[:, -1]
+    assert error(got, want.float()) < 0.05
 
 
 def test_a_weight_that_moved_is_found_again():
