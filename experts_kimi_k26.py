@@ -377,6 +377,8 @@ class KimiK26Experts(nn.ModuleList):
             places = [place for place, number in enumerate(routing.picked[0]) if number in numbers]
             if not places:
                 return torch.zeros_like(x, dtype=dtype)
+            if x.device.type != "cpu":
+                self._announce((routing.picked[0][place] for place in places), x.device)
             outs = torch.cat([self.run(routing.picked[0][place], x) for place in places])
             weights = routing.weights
             if len(places) < weights.shape[1]:
@@ -386,6 +388,8 @@ class KimiK26Experts(nn.ModuleList):
         tokens, factors = routing.by_expert()
         total = torch.zeros_like(x, dtype=dtype)
         ends = list(accumulate(routing.counts))
+        if x.device.type != "cpu":
+            self._announce((number for number in numbers if routing.counts[number]), x.device)
         for number in numbers:
             count, end = routing.counts[number], ends[number]
             if count:
@@ -404,7 +408,7 @@ class KimiK26Experts(nn.ModuleList):
         if few and own and self.has_cpu_layout and not (torch.is_grad_enabled() and x.requires_grad):
             stamp = tuple((p.weight_packed.data_ptr(), p.weight_packed._version) for p in projections)
             return self.store.get((id(self), number), stamp, lambda: self._prepare(expert))(x)
-        if self._lies_elsewhere(expert, x.device):
+        if x.device.type != "cpu" and next(projections[0].parameters()).device.type == "cpu" and is_plain(expert):
             trained = torch.is_grad_enabled() and any(p.requires_grad for p in expert.parameters())
             if as_built and not trained:
                 return self.fetch(number, x.device)(x)
@@ -415,21 +419,29 @@ class KimiK26Experts(nn.ModuleList):
             release(expert)
         return out
 
-    @staticmethod
-    def _lies_elsewhere(expert: nn.Module, device: torch.device) -> bool:
-        """Whether the weights are in main memory, and the tokens are not: the library's hooks see to all else."""
-        return device.type != "cpu" and next(expert.parameters()).device.type == "cpu" and not hasattr(expert, "_hf_hook")
-
     def fetch(self, number: int, device: torch.device) -> DeviceExpert:
-        """An expert's weights on an accelerator, from the store there."""
+        """An expert's weights, which are in main memory, on an accelerator: from the store there."""
         expert = self[number]
-        stamp = tuple((p.data_ptr(), p._version) for p in expert.parameters())
+        name = "weight_packed" if type(expert.gate_proj) is KimiK26Int4Linear else "weight"
+        weights = (expert.gate_proj._parameters[name], expert.up_proj._parameters[name], expert.down_proj._parameters[name])
+        stamp = tuple((weight.data_ptr(), weight._version) for weight in weights)
         return self.store.on(device).get((id(self), number), stamp, lambda: self._send(expert, device))
 
     def _send(self, expert: KimiK26MLP, device: torch.device) -> DeviceExpert:
         sent = DeviceExpert(expert, device)
         release(expert)  # a copy out of a file has been read by now
         return sent
+
+    def _announce(self, numbers: Iterable[int], device: torch.device):
+        """Let the system read from the files, all together, the experts that are about to be fetched one by one.
+
+        Nothing is fetched on a guess: reading an expert takes so much longer than computing it that time spent on a
+        wrong one is not won back by the right ones.
+        """
+        held = self.store.on(device)
+        for number in numbers:
+            if not held.keeps((id(self), number)):
+                read_ahead(self[number])
 
     def native_share(self, numbers: Collection[int], x: torch.Tensor, routing: Routing) -> torch.Tensor | None:
         """What [`share`] gives, in bfloat16, by the CPU's native kernels; `None` where they cannot compute it."""

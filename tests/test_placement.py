@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from collections import Counter
 
 import pytest
@@ -481,20 +482,46 @@ def test_pictures_and_generation_on_devices():
 
 def test_gradients_reach_experts_in_main_memory():
     moe, x = random_moe(), torch.randn(1, 5, 32)
-    expected, _ = moe(x)
-    expected.sum().backward()
+    moe(x)[0].sum().backward()
     wanted = {name: p.grad.clone() for name, p in moe.experts.named_parameters() if p.grad is not None}
     assert wanted
-    experts, calls = moe.experts, []
-    for expert in experts:
-        expert.zero_grad()
-    experts._lies_elsewhere = lambda expert, device: calls.append(device) or True  # devices that are there are CPUs
-    moe(x)[0].sum().backward()
-    assert calls
-    for name, parameter in experts.named_parameters():
-        if name in wanted:
-            torch.testing.assert_close(parameter.grad, wanted[name])
-    assert experts.store.misses == 0
+    moe.zero_grad()
+    with PretendedDevices():
+        for part in (moe.gate, moe.shared_experts):
+            move(part, accelerator(0))
+        moe.experts.shares = [(accelerator(1), (0, 1, 2, 3)), (accelerator(0), (4, 5, 6, 7))]
+        moe(x.to(accelerator(0)))[0].sum().backward()
+        # What is trained is not kept in copies.
+        assert not any(store.misses for store in moe.experts.store.elsewhere.values())
+    got = {name: p.grad for name, p in moe.experts.named_parameters() if p.grad is not None}
+    assert got.keys() == wanted.keys()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, wanted[name])
+
+
+@torch.no_grad()
+def test_experts_are_read_from_their_files_together(golden, monkeypatch):
+    """All that a layer asks for and nobody holds, before the first of them is waited for."""
+    alone = KimiK26ForConditionalGeneration.from_pretrained(golden / "tiny-int4")
+    events, module = [], sys.modules[type(alone.get_submodule(f"{TEXT}.layers.1.mlp.experts")).__module__]
+    number_of = {id(expert): n for n, expert in enumerate(alone.get_submodule(f"{TEXT}.layers.1.mlp.experts"))}
+    monkeypatch.setattr(module, "read_ahead", lambda expert: events.append(("ahead", number_of[id(expert)])))
+    monkeypatch.setattr(module, "DeviceExpert", lambda expert, device: events.append(("sent", number_of[id(expert)])) or DeviceExpert(expert, device))
+    experts = alone.get_submodule(f"{TEXT}.layers.1.mlp.experts")
+    with PretendedDevices():
+        there = accelerator(0)
+        for tokens in (1, 3):
+            experts.store.on(there).clear()
+            events.clear()
+            chosen = torch.tensor([[5, 2, 9], [2, 7, 5], [1, 2, 5]])[:tokens]
+            given = torch.randn(tokens, 128), torch.rand(tokens, 3), chosen
+            experts(*(part.to(there) for part in given))
+            count = len(events) // 2
+            assert [kind for kind, _ in events] == ["ahead"] * count + ["sent"] * count
+            assert {number for _, number in events} == set(chosen.flatten().tolist())
+            events.clear()
+            experts(*(part.to(there) for part in given))
+            assert not events  # they are held
 
 
 # The library's own hooks, at the same grain
