@@ -1,4 +1,4 @@
-"""One new token per row through a decoder layer on a CPU, by the native kernels instead of PyTorch's operations."""
+"""Where the native kernels take the place of PyTorch's operations: above all one new token per row through a layer."""
 
 import ctypes
 
@@ -36,6 +36,7 @@ class NativeLayer:
             self.fits &= [device for device, _ in mlp.experts.shares] == [None]
         self.attention = self._describe_attention(attention)
         self.feed_forward = self._describe_feed_forward(mlp)
+        self.fits &= self.is_current()
 
     def _own(self, parent: nn.Module, name: str) -> nn.Module:
         module = parent._modules[name]
@@ -212,7 +213,7 @@ def native_layer(layer: nn.Module, x: torch.Tensor, span, past_key_values: Cache
         return None
     if layer.native is None or not layer.native.is_current():
         layer.native = NativeLayer(layer)
-    return layer.native if layer.native.fits and layer.native.is_current() else None
+    return layer.native if layer.native.fits else None
 
 
 def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -235,3 +236,20 @@ def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     ):
         return linear(x)
     return few_rows(x.flatten(0, 1).contiguous(), linear.weight).unflatten(0, x.shape[:2])
+
+
+def serves_attention(attention: nn.Module, query: torch.Tensor, span) -> bool:
+    """Whether the native kernel can answer these queries over expanded keys: bfloat16 on the CPU, without gradients,
+    each query seeing all up to itself but padding."""
+    return (
+        query.dtype == torch.bfloat16
+        and query.device.type == "cpu"
+        and query.stride(-1) == 1
+        and span.first is not None
+        and span.given is None
+        and span.documents is None
+        and not (attention.training and attention.config.attention_dropout)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )

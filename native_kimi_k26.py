@@ -55,6 +55,19 @@ class Latents(ctypes.Structure):
     ]
 
 
+class Expanded(ctypes.Structure):
+    """`Expanded` of the source below: many queries, and the expanded keys and values of some heads."""
+
+    _fields_ = [
+        *fields(address, "query turned key rotary value out"),
+        *fields(i64 * 3, "query_at turned_at key_at rotary_at value_at out_at"),
+        *fields(i64, "batch queries keys heads nope rope v first"),
+        *fields(address, "mask"),
+        *fields(i64, "mask_row"),
+        *fields(ctypes.c_float, "scale"),
+    ]
+
+
 class FeedForward(ctypes.Structure):
     """`FeedForward` of the source below: a dense network, or router and shared expert."""
 
@@ -95,7 +108,7 @@ def library():
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(f"The CPU's own kernels could not be compiled; the model runs on PyTorch alone.\n{error}")
         return None
-    for function in ("attention", "route", "experts", "dense", "linear", "dequantize"):
+    for function in ("attention", "prefill", "route", "experts", "dense", "linear", "dequantize"):
         getattr(kernels, f"kimi_{function}").restype = None
     return kernels
 
@@ -130,6 +143,34 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out = x.new_empty(x.shape[0], weight.shape[0])
     sizes = (i64(size) for size in (*weight.shape, x.shape[0]))
     library().kimi_linear(*addresses(weight), *sizes, *addresses(x, out), i64(torch.get_num_threads()))
+    return out
+
+
+def attention(query, turned, key, rotary, value, first: int, mask, scale: float) -> torch.Tensor:
+    """Causal attention of many tokens over expanded keys and values; the rotary parts of queries and keys lie apart.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, queries, heads, nope)`), turned (`(…, rope)`), key (`(batch, keys, heads,
+            nope)`), rotary (`(batch, keys, rope)`, of all heads), value (`(batch, keys, heads, v)`): bfloat16, the last
+            axis contiguous.
+        first: the place of the first query among the keys.
+        mask (`torch.Tensor` of shape `(batch, keys)`, boolean, *optional*): false for padding.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, queries, heads, v)`, bfloat16.
+    """
+    batch, queries, heads, nope = query.shape
+    keys, rope, v = key.shape[1], rotary.shape[2], value.shape[3]
+    out = query.new_empty(batch, queries, heads, v)
+    tensors = {"query": query, "turned": turned, "key": key, "rotary": rotary.unsqueeze(2), "value": value, "out": out}
+    call = Expanded(batch=batch, queries=queries, keys=keys, heads=heads, nope=nope, rope=rope, v=v, first=first, scale=scale)
+    for name, tensor in tensors.items():
+        setattr(call, name, tensor.data_ptr())
+        setattr(call, f"{name}_at", (i64 * 3)(*tensor.stride()[:3]))
+    if mask is not None:
+        mask = mask.contiguous()
+        call.mask, call.mask_row = mask.data_ptr(), mask.stride(0)
+    library().kimi_prefill(ctypes.byref(call), i64(torch.get_num_threads()))
     return out
 
 
@@ -229,6 +270,8 @@ struct Arena {
     }
 };
 static thread_local Arena arena;
+
+enum { MAX_THREADS = 1024 };
 
 // ---------------------------------------------------------------------------------------- products
 
@@ -377,12 +420,12 @@ template <class F> static void linear(const bf16* w, i64 outputs, i64 k, const b
     }
 }
 
-// sum[h][:] += weights[h] . rows, where `weights` holds a pair of bfloat16 for each two rows; 32 columns, H sums.
+// sum[h][:] += weights[h] . rows, where `weights` holds a pair of bfloat16 for each two rows; up to 32 columns, H sums.
 // Two rows are interleaved, so the columns of a sum come in the order that `columns_of` undoes.
 template <int H>
-static inline void weigh(const bf16* rows, i64 stride, i64 pairs, const uint32_t* weights, i64 weight_stride, __m512 (*sum)[2]) {
+static inline void weigh(const bf16* rows, i64 stride, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, __m512 (*sum)[2]) {
     for (i64 t = 0; t < pairs; t++) {
-        __m512i one = _mm512_loadu_si512(rows + 2 * t * stride), two = _mm512_loadu_si512(rows + (2 * t + 1) * stride);
+        __m512i one = (__m512i)load32(rows + 2 * t * stride, width), two = (__m512i)load32(rows + (2 * t + 1) * stride, width);
         __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), high = (__m512bh)_mm512_unpackhi_epi16(one, two);
         for (int h = 0; h < H; h++) {
             __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[h * weight_stride + t]);
@@ -430,83 +473,137 @@ struct Latents {  // what a cache holds of one layer: addresses, and strides in 
     i64 mask_row;
 };
 
-enum { KEYS = 32 };  // scored together: their latents stay in the first cache
+enum { KEYS = 32 };  // scored together: what is read of them stays in the first cache
 
-// Keys `begin` to `end` of one row for all heads: the largest score, the sum and the weighted latents of each.
-static void attend(const Attention& a, const Latents& c, i64 row, i64 begin, i64 end, const bf16* query, const bf16* turned,
-                   float* best, float* total, float* read, float* scores, uint32_t* weights) {
-    const i64 heads = a.heads, rank = a.rank, rope = a.rope;
-    for (i64 h = 0; h < heads; h++) { best[h] = -INFINITY; total[h] = 0; }
-    memset(read, 0, heads * rank * sizeof(float));
-    bf16 none[2 * 32];
+// Queries that read the same keys and values: the heads of one token over the latents, or the tokens of one head over
+// its expanded keys. A score has two parts, as queries and keys have: one that turns with the position, one that does not.
+struct Part { const bf16 *query, *key; i64 query_row, key_row, size; };
+struct Reading {
+    Part parts[2];
+    const bf16* value; i64 value_row, value_size;
+    i64 queries;
+    const i64* limits;    // null, or how many keys each query may see, in rising order
+    const uint8_t* mask;  // null, or for each key 0 for padding
+    float scale;
+};
+struct Sums {  // of each query: the largest score, the sum, the weighted values (queries, value_size)
+    float *best, *total, *read;
+    float *scores, *shrink; uint32_t* weights;  // (queries, KEYS), (queries), (queries, KEYS / 2): within a block
+    void layout(i64 queries, i64 value_size) {
+        best = arena.take<float>(queries); total = arena.take<float>(queries); read = arena.take<float>(queries * value_size);
+        scores = arena.take<float>(queries * KEYS); shrink = arena.take<float>(queries); weights = arena.take<uint32_t>(queries * KEYS / 2);
+    }
+};
+
+static void attend(const Reading& a, i64 begin, i64 end, const Sums& s) {
+    const i64 queries = a.queries, size = a.value_size;
+    for (i64 q = 0; q < queries; q++) { s.best[q] = -INFINITY; s.total[q] = 0; }
+    memset(s.read, 0, queries * size * sizeof(float));
     for (i64 block = begin; block < end; block += KEYS) {
         const i64 keys = end - block < KEYS ? end - block : KEYS;
-        const bf16* latent = c.latent + row * c.latent_row + block * c.latent_key;
-        const bf16* rotary = c.rotary + row * c.rotary_row + block * c.rotary_key;
-        for (i64 h = 0; h < heads; h += 4) {
-            const int some = heads - h < 4 ? heads - h : 4;
-            const bf16 *q[4], *t[4];
-            for (int i = 0; i < 4; i++) { i64 at = h + (i < some ? i : 0); q[i] = query + at * rank; t[i] = turned + at * rope; }
+        i64 from = 0;  // queries before see nothing of this block
+        while (a.limits && from < queries && a.limits[from] <= block) from++;
+        for (i64 q = from; q < queries; q += 4) {
+            const int some = queries - q < 4 ? queries - q : 4;
             for (i64 k = 0; k < keys; k += 4) {
-                float y[4][ROWS], z[4][ROWS];
-                if (k + 4 <= keys) {
-                    dots<4, 4>(latent + k * c.latent_key, c.latent_key, q, rank, y);
-                    dots<4, 4>(rotary + k * c.rotary_key, c.rotary_key, t, rope, z);
-                } else {
-                    for (i64 j = k; j < keys; j++) {
-                        dots<1, 4>(latent + j * c.latent_key, 0, q, rank, y + j - k);
-                        dots<1, 4>(rotary + j * c.rotary_key, 0, t, rope, z + j - k);
-                    }
+                float y[2][4][ROWS];
+                for (int p = 0; p < 2; p++) {
+                    const Part& part = a.parts[p];
+                    const bf16* given[4];
+                    for (int i = 0; i < 4; i++) given[i] = part.query + (q + (i < some ? i : 0)) * part.query_row;
+                    const bf16* key = part.key + (block + k) * part.key_row;
+                    if (k + 4 <= keys) dots<4, 4>(key, part.key_row, given, part.size, y[p]);
+                    else for (i64 j = 0; j < keys - k; j++) dots<1, 4>(key + j * part.key_row, 0, given, part.size, y[p] + j);
                 }
-                for (i64 j = k; j < keys && j < k + 4; j++)
-                    for (int i = 0; i < some; i++) scores[(h + i) * KEYS + j] = (y[j - k][i] + z[j - k][i]) * a.scale;
+                for (i64 j = 0; j < 4 && k + j < keys; j++)
+                    for (int i = 0; i < some; i++) s.scores[(q + i) * KEYS + k + j] = (y[0][j][i] + y[1][j][i]) * a.scale;
             }
         }
-        const i64 pairs = (keys + 1) / 2;
-        float grown[4096];  // by which what was read so far shrinks
-        for (i64 h = 0; h < heads; h++) {
-            float* s = scores + h * KEYS;
-            for (i64 j = keys; j < KEYS; j++) s[j] = -INFINITY;
-            if (c.mask)
-                for (i64 j = 0; j < keys; j++) if (!c.mask[row * c.mask_row + block + j]) s[j] = -INFINITY;
-            __m512 one = _mm512_loadu_ps(s), two = _mm512_loadu_ps(s + 16);
-            float top = fmaxf(best[h], _mm512_reduce_max_ps(_mm512_max_ps(one, two)));
+        for (i64 q = from; q < queries; q++) {
+            float* score = s.scores + q * KEYS;
+            uint32_t* weights = s.weights + q * KEYS / 2;
+            const i64 seen = a.limits && a.limits[q] - block < keys ? a.limits[q] - block : keys;
+            for (i64 j = seen; j < KEYS; j++) score[j] = -INFINITY;
+            if (a.mask) for (i64 j = 0; j < seen; j++) if (!a.mask[block + j]) score[j] = -INFINITY;
+            __m512 one = _mm512_loadu_ps(score), two = _mm512_loadu_ps(score + 16);
+            const float top = fmaxf(s.best[q], _mm512_reduce_max_ps(_mm512_max_ps(one, two)));
             if (top == -INFINITY) {  // padding only, so far
-                grown[h] = 1;
-                memset(weights + h * KEYS / 2, 0, KEYS * 2);
+                s.shrink[q] = 1;
+                memset(weights, 0, KEYS * 2);
                 continue;
             }
             one = exp16(_mm512_sub_ps(one, _mm512_set1_ps(top)));
             two = exp16(_mm512_sub_ps(two, _mm512_set1_ps(top)));
-            grown[h] = best[h] == -INFINITY ? 0 : expf(best[h] - top);
-            total[h] = total[h] * grown[h] + _mm512_reduce_add_ps(_mm512_add_ps(one, two));
-            best[h] = top;
-            _mm256_storeu_si256((__m256i*)(weights + h * KEYS / 2), narrow16(one));
-            _mm256_storeu_si256((__m256i*)(weights + h * KEYS / 2 + 8), narrow16(two));
+            s.shrink[q] = s.best[q] == -INFINITY ? 0 : expf(s.best[q] - top);
+            s.total[q] = s.total[q] * s.shrink[q] + _mm512_reduce_add_ps(_mm512_add_ps(one, two));
+            s.best[q] = top;
+            _mm256_storeu_si256((__m256i*)weights, narrow16(one));
+            _mm256_storeu_si256((__m256i*)(weights + 8), narrow16(two));
         }
-        for (i64 column = 0; column < rank; column += 32) {
-            for (i64 h = 0; h < heads; h += 8) {
+        const i64 whole = keys / 2;
+        const bf16* value = a.value + block * a.value_row;
+        for (i64 column = 0; column < size; column += 32) {
+            const i64 width = size - column < 32 ? size - column : 32;
+            for (i64 q = from; q < queries; q += 8) {
                 __m512 sum[8][2];
                 for (int i = 0; i < 8; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-                const int some = heads - h < 8 ? heads - h : 8;
-                i64 whole = keys / 2;
-                const uint32_t* w = weights + h * KEYS / 2;
-                if (some == 8) weigh<8>(latent + column, c.latent_key, whole, w, KEYS / 2, sum);
-                else for (int i = 0; i < some; i++) weigh<1>(latent + column, c.latent_key, whole, w + i * KEYS / 2, 0, sum + i);
-                if (whole < pairs) {  // the last key alone, beside a row of zeros
-                    memcpy(none, latent + (keys - 1) * c.latent_key + column, 64);
-                    memset(none + 32, 0, 64);
-                    for (int i = 0; i < some; i++) weigh<1>(none, 32, 1, w + i * KEYS / 2 + whole, 0, sum + i);
-                }
+                const int some = queries - q < 8 ? queries - q : 8;
+                const uint32_t* w = s.weights + q * KEYS / 2;
+                if (some == 8) weigh<8>(value + column, a.value_row, width, whole, w, KEYS / 2, sum);
+                else for (int i = 0; i < some; i++) weigh<1>(value + column, a.value_row, width, whole, w + i * KEYS / 2, 0, sum + i);
+                if (keys % 2)  // the last key alone: the other weight of its pair is zero
+                    for (int i = 0; i < some; i++) weigh<1>(value + (keys - 1) * a.value_row + column, 0, width, 1, w + i * KEYS / 2 + whole, 0, sum + i);
                 for (int i = 0; i < some; i++) {
-                    __m512 first, second;
-                    columns_of(sum[i], first, second);
-                    float* to = read + (h + i) * rank + column;
-                    __m512 factor = _mm512_set1_ps(grown[h + i]);
-                    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(to), factor, first));
-                    _mm512_storeu_ps(to + 16, _mm512_fmadd_ps(_mm512_loadu_ps(to + 16), factor, second));
+                    __m512 half[2];
+                    columns_of(sum[i], half[0], half[1]);
+                    const __m512 factor = _mm512_set1_ps(s.shrink[q + i]);
+                    for (int n = 0; n < 2 && 16 * n < width; n++) {
+                        float* to = s.read + (q + i) * size + column + 16 * n;
+                        const __mmask16 there = width - 16 * n >= 16 ? 0xffff : (1 << (width - 16 * n)) - 1;
+                        _mm512_mask_storeu_ps(to, there, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, to), factor, half[n]));
+                    }
                 }
             }
+        }
+    }
+}
+
+struct Expanded {  // addresses, and strides in elements along (batch, token, head)
+    const bf16 *query, *turned, *key, *rotary, *value;
+    bf16* out;
+    i64 query_at[3], turned_at[3], key_at[3], rotary_at[3], value_at[3], out_at[3];
+    i64 batch, queries, keys, heads, nope, rope, v;
+    i64 first;  // place of the first query among the keys; each sees all up to itself
+    const uint8_t* mask; i64 mask_row;
+    float scale;
+};
+
+enum { QUERIES = 32 };  // of one head, that read together
+
+// Attention of many tokens over the expanded keys and values of some heads.
+extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
+    const Expanded& e = *given;
+    Sums sums[MAX_THREADS];
+    arena.layout([&] { for (i64 t = 0; t < threads; t++) sums[t].layout(QUERIES, e.v); });
+    const i64 blocks = (e.queries + QUERIES - 1) / QUERIES;
+    #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (i64 unit = 0; unit < blocks * e.batch * e.heads; unit++) {
+        // The longest first: the last queries see the most keys.
+        const i64 q = (blocks - 1 - unit / (e.batch * e.heads)) * QUERIES, b = unit / e.heads % e.batch, h = unit % e.heads;
+        const Sums& s = sums[omp_get_thread_num()];
+        auto at = [&](const i64* strides, i64 token) { return b * strides[0] + token * strides[1] + h * strides[2]; };
+        i64 limits[QUERIES];
+        const i64 some = e.queries - q < QUERIES ? e.queries - q : QUERIES;
+        for (i64 i = 0; i < some; i++) limits[i] = e.first + q + i + 1;
+        const Reading reading = {
+            {{e.query + at(e.query_at, q), e.key + at(e.key_at, 0), e.query_at[1], e.key_at[1], e.nope},
+             {e.turned + at(e.turned_at, q), e.rotary + b * e.rotary_at[0], e.turned_at[1], e.rotary_at[1], e.rope}},
+            e.value + at(e.value_at, 0), e.value_at[1], e.v, some, limits, e.mask ? e.mask + b * e.mask_row : nullptr, e.scale};
+        attend(reading, 0, limits[some - 1] < e.keys ? limits[some - 1] : e.keys, s);
+        for (i64 i = 0; i < some; i++) {
+            bf16* to = e.out + at(e.out_at, q + i);
+            const float factor = s.total[i] > 0 ? 1 / s.total[i] : 0;
+            for (i64 d = 0; d < e.v; d++) to[d] = narrow(s.read[i * e.v + d] * factor);
         }
     }
 }
@@ -521,7 +618,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
     // then the same to the last bit in any company.
     const i64 pieces = threads;
     bf16 *normed, *query_a, *key_value, *query, *absorbed, *turned, *read16, *value;
-    float *best, *total, *read, *scores; uint32_t* weights;
+    std::vector<Sums> sums(rows * pieces);
     arena.layout([&] {
         normed = arena.take<bf16>(rows * a.hidden);
         query_a = arena.take<bf16>(rows * (a.q_lora ? a.q_lora : 1));
@@ -531,15 +628,10 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         turned = arena.take<bf16>(rows * a.heads * a.rope);
         read16 = arena.take<bf16>(rows * a.heads * a.rank);
         value = arena.take<bf16>(rows * a.heads * a.v);
-        best = arena.take<float>(rows * pieces * a.heads);
-        total = arena.take<float>(rows * pieces * a.heads);
-        read = arena.take<float>(rows * pieces * a.heads * a.rank);
-        scores = arena.take<float>(threads * a.heads * KEYS);
-        weights = arena.take<uint32_t>(threads * a.heads * KEYS / 2);
+        for (Sums& one : sums) one.layout(a.heads, a.rank);
     });
     #pragma omp parallel num_threads(threads)
     {
-        const i64 me = omp_get_thread_num();
         for (Share s(rows); s.begin < s.end; s.begin++)
             rms_norm(x + s.begin * a.hidden, a.norm, normed + s.begin * a.hidden, a.hidden, a.eps);
         #pragma omp barrier
@@ -572,8 +664,8 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
                 __m512 sum[ROWS][2];
                 for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
                 const uint32_t* q = (const uint32_t*)(query + (first * a.heads + h) * head);  // two neighbours: a pair
-                if (some == ROWS) weigh<ROWS>(to_key, a.rank, a.nope / 2, q, a.heads * head / 2, sum);
-                else for (int i = 0; i < some; i++) weigh<1>(to_key, a.rank, a.nope / 2, q + i * a.heads * head / 2, 0, sum + i);
+                if (some == ROWS) weigh<ROWS>(to_key, a.rank, 32, a.nope / 2, q, a.heads * head / 2, sum);
+                else for (int i = 0; i < some; i++) weigh<1>(to_key, a.rank, 32, a.nope / 2, q + i * a.heads * head / 2, 0, sum + i);
                 for (int i = 0; i < some; i++) {
                     __m512 one, two;
                     columns_of(sum[i], one, two);
@@ -590,28 +682,30 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         #pragma omp barrier
         for (Share s(rows * pieces); s.begin < s.end; s.begin++) {
             const i64 r = s.begin / pieces, piece = s.begin % pieces;
-            attend(a, c, r, keys * piece / pieces, keys * (piece + 1) / pieces, absorbed + r * a.heads * a.rank,
-                   turned + r * a.heads * a.rope, best + s.begin * a.heads, total + s.begin * a.heads,
-                   read + s.begin * a.heads * a.rank, scores + me * a.heads * KEYS, weights + me * a.heads * KEYS / 2);
+            const bf16* latent = c.latent + r * c.latent_row;
+            const Reading reading = {
+                {{absorbed + r * a.heads * a.rank, latent, a.rank, c.latent_key, a.rank},
+                 {turned + r * a.heads * a.rope, c.rotary + r * c.rotary_row, a.rope, c.rotary_key, a.rope}},
+                latent, c.latent_key, a.rank, a.heads, nullptr, c.mask ? c.mask + r * c.mask_row : nullptr, a.scale};
+            attend(reading, keys * piece / pieces, keys * (piece + 1) / pieces, sums[s.begin]);
         }
         #pragma omp barrier
         // The pieces become one; then the expansion of values, rank → v for each head.
         for (Share s(rows * a.heads); s.begin < s.end; s.begin++) {
             const i64 r = s.begin / a.heads, h = s.begin % a.heads;
-            float top = -INFINITY, sum = 0, factor[1024];
-            for (i64 p = 0; p < pieces; p++) top = fmaxf(top, best[(r * pieces + p) * a.heads + h]);
+            const Sums* mine = sums.data() + r * pieces;
+            float top = -INFINITY, sum = 0, factor[MAX_THREADS];
+            for (i64 p = 0; p < pieces; p++) top = fmaxf(top, mine[p].best[h]);
             for (i64 p = 0; p < pieces; p++) {
-                const i64 at = (r * pieces + p) * a.heads + h;
-                factor[p] = best[at] == -INFINITY ? 0 : expf(best[at] - top);
-                sum += factor[p] * total[at];
+                factor[p] = mine[p].best[h] == -INFINITY ? 0 : expf(mine[p].best[h] - top);
+                sum += factor[p] * mine[p].total[h];
             }
             sum = fmaxf(sum, 1e-30f);
             bf16* to = read16 + s.begin * a.rank;
             for (i64 i = 0; i < a.rank; i += 16) {
                 __m512 all = _mm512_setzero_ps();
                 for (i64 p = 0; p < pieces; p++)
-                    all = _mm512_fmadd_ps(_mm512_loadu_ps(read + ((r * pieces + p) * a.heads + h) * a.rank + i),
-                                          _mm512_set1_ps(factor[p] / sum), all);
+                    all = _mm512_fmadd_ps(_mm512_loadu_ps(mine[p].read + h * a.rank + i), _mm512_set1_ps(factor[p] / sum), all);
                 _mm256_storeu_si256((__m256i*)(to + i), narrow16(all));
             }
         }
@@ -674,8 +768,6 @@ struct Bench {
                           arena.take<float>(rows * BLOCK), arena.take<float>(rows * BLOCK), arena.take<float>(sums * BLOCK)};
     }
 };
-enum { MAX_THREADS = 1024 };
-
 // normed = norm(x); the router's logits, and the chosen experts of each row with their weights.
 extern "C" void kimi_route(const FeedForward* given, i64 rows, const bf16* x, bf16* normed, float* logits, float* weights, i64* chosen,
                            i64 threads) {

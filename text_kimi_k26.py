@@ -21,8 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_kimi_k26 import write_latents
 from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .decoding_kimi_k26 import native_layer
+from .decoding_kimi_k26 import native_layer, serves_attention
 from .experts_kimi_k26 import ExpertStore, KimiK26MLP, KimiK26MoE, at_least_float32
+from .native_kimi_k26 import attention
 from .parallel_kimi_k26 import Peers, check_split, local
 
 
@@ -304,11 +305,25 @@ class KimiK26Attention(nn.Module):
         out = torch.cat(outs, dim=2).transpose(1, 2)
         return out, all_weights[0] if output_attentions else None
 
+    def on_expanded_natively(self, query, turning_query, latent, rotary_key, to_key, to_value, span):
+        """The same by the CPU's own kernel, which needs neither joined keys nor padded values."""
+        step = max(1, EXPANSION_BLOCK // (latent.shape[0] * latent.shape[1] * (self.nope + self.v_dim)))
+        query, turning_query, outs = query.transpose(1, 2), turning_query.transpose(1, 2), []
+        for start in range(0, self.heads, step):
+            some = slice(start, start + step)
+            key, value = (F.linear(latent, part[some].flatten(0, 1)) for part in (to_key, to_value))
+            key, value = key.unflatten(-1, (-1, self.nope)), value.unflatten(-1, (-1, self.v_dim))
+            given = (query[:, :, some], turning_query[:, :, some], key, rotary_key, value)
+            outs.append(attention(*given, span.first, span.padding, self.scaling))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
     def on_expanded(self, query, turning_query, latent, rotary_key, to_key, to_value, span, output_attentions):
         """Attention over the keys and values of each head, expanded for as many heads at a time as fit the block."""
         implementation = self.config._attn_implementation
-        query = torch.cat((query, turning_query), dim=-1)
         per_head = latent.shape[0] * latent.shape[1] * 2 * (self.nope + self.rope)
+        if not output_attentions and implementation != "eager" and serves_attention(self, query, span):
+            return self.on_expanded_natively(query, turning_query, latent, rotary_key, to_key, to_value, span), None
+        query = torch.cat((query, turning_query), dim=-1)
         step = self.heads if output_attentions else max(1, EXPANSION_BLOCK // per_head)
         outs, all_weights = [], []
         for start in range(0, self.heads, step):

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
 from kimi_k26.cache_kimi_k26 import layer_of, write_latents
 from kimi_k26.experts_kimi_k26 import Routing
-from kimi_k26.native_kimi_k26 import dequantize, few_rows, library
+from kimi_k26.native_kimi_k26 import attention, dequantize, few_rows, library
 from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
 from kimi_k26.text_kimi_k26 import AttentionSpan
 
@@ -219,6 +219,45 @@ def test_float32_and_gradients_take_the_plain_path():
     model(input_ids=torch.tensor([[1, 2]]), past_key_values=cache)
     model(input_ids=ids, past_key_values=cache).logits.sum().backward()
     assert all(layer.native is None for layer in model.language_model.model.layers)
+
+
+@pytest.mark.parametrize("queries, past, batch", [(1, 5, 1), (7, 0, 2), (33, 0, 1), (100, 0, 2), (40, 61, 3), (129, 3, 1)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_over_expanded_keys(queries, past, batch, padded):
+    torch.manual_seed(queries)
+    heads, nope, rope, v, keys = 3, 24, 8, 20, past + queries
+    query, turned = torch.randn(batch, queries, heads, nope).bfloat16(), torch.randn(batch, queries, heads, rope).bfloat16()
+    key, rotary = torch.randn(batch, keys, heads, nope).bfloat16(), torch.randn(batch, keys, rope).bfloat16()
+    value = torch.randn(batch, keys, heads, v).bfloat16()
+    mask = torch.ones(batch, keys, dtype=torch.bool)
+    if padded:
+        mask[0, : keys // 3] = False
+    got = attention(query, turned, key, rotary, value, past, mask if padded else None, 0.3)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float())
+    scores = (scores + torch.einsum("bqhd,bkd->bhqk", turned.float(), rotary.float())) * 0.3
+    visible = torch.arange(keys) <= torch.arange(past, keys)[:, None]
+    visible = visible & mask[:, None, None]
+    weights = scores.masked_fill(~visible, -1e30).softmax(-1)
+    want = torch.einsum("bhqk,bkhd->bqhd", weights, value.float())
+    seen = visible[:, 0].any(-1)  # a token of the padding sees nothing, and nobody looks at it
+    assert error(got[seen], want[seen]) < 0.01 and bool(got.isfinite().all())
+
+
+def test_a_prompt_is_read_as_by_the_plain_path():
+    model = make({"num_experts_per_tok": 8})
+    for layer in model.language_model.model.layers:
+        layer.self_attn.few_queries = 0
+    plain = copy.deepcopy(model).float()
+    ids = torch.randint(0, 90, (2, 70), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        got = model(input_ids=ids, attention_mask=mask).logits
+        want = plain(input_ids=ids, attention_mask=mask).logits
+        parts = model(input_ids=ids[:, :50], attention_mask=mask[:, :50], use_cache=True)
+        rest = model(input_ids=ids[:, 50:], attention_mask=mask, past_key_values=parts.past_key_values).logits
+    assert error(got[mask == 1], want[mask == 1]) < 0.02
+    assert error(rest, got[:, 50:].float()) < 0.02
 
 
 @pytest.mark.parametrize("shape", ["as published", "bfloat16 experts", "group size 64"])

@@ -16,6 +16,14 @@ class Sized(Layout):
         self.nbytes = nbytes
 
 
+@pytest.fixture(params=["native kernels", "PyTorch alone"], autouse=True)
+def kernels(request, monkeypatch):
+    """All of this holds with and without the kernels of this machine."""
+    if request.param == "PyTorch alone":
+        for module in ("experts_kimi_k26", "decoding_kimi_k26"):
+            monkeypatch.setattr(f"kimi_k26.{module}.library", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def ids():
     return torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(0))
