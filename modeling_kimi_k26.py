@@ -32,7 +32,9 @@ from .vision_kimi_k26 import KimiK26PositionTable, KimiK26Projector, KimiK26Visi
 
 # Not used here: version 4 of the library copies from a local folder only what the entry modules import themselves.
 from .cache_kimi_k26 import LatentLayer  # noqa: F401
+from .kernels_kimi_k26 import SOURCE  # noqa: F401
 from .native_kimi_k26 import library  # noqa: F401
+from .triton_kimi_k26 import grouped_experts  # noqa: F401
 from .vocabulary_kimi import read_ranks  # noqa: F401
 
 
