@@ -278,11 +278,14 @@ def which_picture(rng: Random) -> Case:
     if not chinese and rng.random() < 0.3:
         figure = _kind_words(named, chinese)
     question = rng.choice(WHICH_QUESTIONS_ZH if chinese else WHICH_QUESTIONS).format(figure)
-    lists = [_thought_list(half, chinese) for half in halves]
+    # Each figure is noted with the number of its picture: then the answer stands beside the figure asked for.
+    noted = [(kind, number) for number, half in enumerate(halves, 1) for kind in half]
     if chinese:
-        thought, reply = f"一：{lists[0]}二：{lists[1]}", f"第{'一二'[side]}张图片。"
+        thought = "，".join(f"{CHINESE[c]}{CHINESE[s]}{number}" for (c, s), number in noted)
+        thought += f"。{CHINESE[named[0]]}{CHINESE[named[1]]}{side + 1}。"
+        reply = f"第{'一二'[side]}张图片。"
     else:
-        thought = f"First: {lists[0]} Second: {lists[1]}"
+        thought = ", ".join(f"{c} {s} {number}" for (c, s), number in noted) + f". {named[0]} {named[1]} {side + 1}."
         reply = f"The {('first', 'second')[side]} picture."
     messages = _ask(rng, _vary(rng, question), scenes)
     messages.append(_answer(reply, thought))
@@ -583,17 +586,17 @@ def ignore_tools(rng: Random) -> Case:
 
 # Maker of a dialogue, and its share of the training data. What asks for most learning has most.
 MIX: tuple[tuple[Callable[[Random], Case], float], ...] = (
-    (name_figures, 20),
+    (name_figures, 17),
     (count_figures, 14),
-    (which_picture, 8),
+    (which_picture, 12),
     (which_way, 7),
-    (which_second, 9),
+    (which_second, 11),
     (describe_film, 2),
-    (which_is_bigger, 14),
-    (kept_thinking, 7),
-    (use_tool, 14),
+    (which_is_bigger, 16),
+    (kept_thinking, 5),
+    (use_tool, 20),
     (ignore_tools, 1),
-    (repeat, 4),
+    (repeat, 1),
     (small_talk, 1.5),
 )
 
