@@ -81,10 +81,34 @@ enum { MAX_THREADS = 1024 };
 
 enum { ROWS = 8 };  // of x, multiplied at once
 
-// y[o][r] = w[o] . x[r] for `O` neighbouring rows of w.
-template <int O, int R> static inline void dots(const bf16* w, i64 stride, const bf16* const* x, i64 k, float (*y)[ROWS]) {
-    __m512 sum[O][R];
-    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) sum[o][r] = _mm512_setzero_ps();
+// The sums of up to sixteen vectors, in order: they are added while they are transposed.
+template <int N> static inline __m512 sums_of(const __m512* v) {
+    __m512 two[8], four[4], eight[2];
+    const __m512 zero = _mm512_setzero_ps();
+    for (int i = 0; i < 8; i++) {
+        const __m512 a = 2 * i < N ? v[2 * i] : zero, b = 2 * i + 1 < N ? v[2 * i + 1] : zero;
+        two[i] = 2 * i < N ? _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)) : zero;
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
+        four[i] = 4 * i < N ? _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b))) : zero;
+    }
+    for (int i = 0; i < 2; i++) {
+        const __m512 a = four[2 * i], b = four[2 * i + 1];
+        eight[i] = 8 * i < N ? _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)) : zero;
+    }
+    return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+}
+
+template <int O, int R> static inline void settle(const __m512 (&sum)[O][R], float (*y)[ROWS]) {
+    static_assert(O * R <= 16, "one vector of sums");
+    float all[16];
+    _mm512_storeu_ps(all, sums_of<O * R>(&sum[0][0]));
+    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) y[o][r] = all[o * R + r];
+}
+
+// sum[o][r] += w[o] . x[r] for `O` neighbouring rows of w, lane by lane.
+template <int O, int R> static inline void accumulate(const bf16* w, i64 stride, const bf16* const* x, i64 k, __m512 (&sum)[O][R]) {
     i64 i = 0;
     for (; i + 32 <= k; i += 32) {
         __m512bh given[R];
@@ -98,7 +122,13 @@ template <int O, int R> static inline void dots(const bf16* w, i64 stride, const
         for (int o = 0; o < O; o++)
             for (int r = 0; r < R; r++)
                 sum[o][r] = _mm512_dpbf16_ps(sum[o][r], load32(w + o * stride + i, k - i), load32(x[r] + i, k - i));
-    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) y[o][r] = _mm512_reduce_add_ps(sum[o][r]);
+}
+
+template <int O, int R> static inline void dots(const bf16* w, i64 stride, const bf16* const* x, i64 k, float (*y)[ROWS]) {
+    __m512 sum[O][R];
+    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) sum[o][r] = _mm512_setzero_ps();
+    accumulate<O, R>(w, stride, x, k, sum);
+    settle<O, R>(sum, y);
 }
 
 // A weight: bfloat16, or INT4 words with a scale for each `group` inputs.
@@ -144,11 +174,11 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
             }
         }
     }
-    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) y[o][r] = _mm512_reduce_add_ps(sum[o][r]);
+    settle<O, R>(sum, y);
 }
 
 template <int R> static void product(Matrix m, i64 from, i64 to, const bf16* const* x, i64 k, i64 group, float (*y)[ROWS]) {
-    constexpr int O = R <= 2 ? 4 : 2;
+    constexpr int O = R <= 4 ? 4 : 2;
     i64 o = from;
     if (m.scales) {
         const uint8_t* w = (const uint8_t*)m.values;
@@ -309,18 +339,22 @@ static void attend(const Reading& a, i64 begin, i64 end, const Sums& s) {
         while (a.limits && from < queries && a.limits[from] <= block) from++;
         for (i64 q = from; q < queries; q += 4) {
             const int some = queries - q < 4 ? queries - q : 4;
+            const bf16* given[2][4];
+            for (int p = 0; p < 2; p++)
+                for (int i = 0; i < 4; i++) given[p][i] = a.parts[p].query + (q + (i < some ? i : 0)) * a.parts[p].query_row;
             for (i64 k = 0; k < keys; k += 4) {
-                float y[2][4][ROWS];
+                float y[4][ROWS];
+                const int here = keys - k < 4 ? keys - k : 4;
+                __m512 sum[4][4];
+                for (int j = 0; j < 4; j++) for (int i = 0; i < 4; i++) sum[j][i] = _mm512_setzero_ps();
                 for (int p = 0; p < 2; p++) {
                     const Part& part = a.parts[p];
-                    const bf16* given[4];
-                    for (int i = 0; i < 4; i++) given[i] = part.query + (q + (i < some ? i : 0)) * part.query_row;
                     const bf16* key = part.key + (block + k) * part.key_row;
-                    if (k + 4 <= keys) dots<4, 4>(key, part.key_row, given, part.size, y[p]);
-                    else for (i64 j = 0; j < keys - k; j++) dots<1, 4>(key + j * part.key_row, 0, given, part.size, y[p] + j);
+                    if (here == 4) accumulate<4, 4>(key, part.key_row, given[p], part.size, sum);
+                    else for (int j = 0; j < here; j++) accumulate<1, 4>(key + j * part.key_row, 0, given[p], part.size, *(__m512(*)[1][4])&sum[j]);
                 }
-                for (i64 j = 0; j < 4 && k + j < keys; j++)
-                    for (int i = 0; i < some; i++) s.scores[(q + i) * KEYS + k + j] = (y[0][j][i] + y[1][j][i]) * a.scale;
+                settle<4, 4>(sum, y);
+                for (int j = 0; j < here; j++) for (int i = 0; i < some; i++) s.scores[(q + i) * KEYS + k + j] = y[j][i] * a.scale;
             }
         }
         for (i64 q = from; q < queries; q++) {
