@@ -1,11 +1,11 @@
 """A chat as text, and which of its control tokens the template wrote.
 
 A chat template writes control tokens and pastes other people's words between them; in the finished text the two look
-alike. To tell them apart, the chat is rendered a second time, from a template whose own literals are written in *ink*:
-private-use characters that occur nowhere in the chat, one for each character control tokens are made of. What is in ink
-was written by the template, whatever it did with the words it was given: cut, joined, stripped, put into JSON. The words
-themselves are neither searched nor escaped, so nothing written in them can pass for ink. The two texts must be equal once
-the ink is taken off, so what is found in the second holds for the first, which is the published one.
+alike. To tell them apart, the chat is rendered a second time, from a template that writes its control tokens in *ink*:
+private-use characters that occur nowhere in the chat, one for each character control tokens are made of. What comes out
+in ink was written by the template, whatever it did with the words it was given: cut, joined, stripped, put into JSON.
+The words themselves are neither searched nor escaped, so nothing typed there can pass for ink. The two texts must be
+equal once the ink is taken off, so what is found in the second holds for the first, which is the published one.
 """
 
 import re
@@ -34,6 +34,11 @@ PRIVATE_USE = (*range(0x10FFFD, 0xFFFFF, -1), *range(0xFFFFD, 0xEFFFF, -1))
 _PRIVATE = re.compile("[\U000f0000-\U000ffffd\U00100000-\U0010fffd]")
 _FORMAT_FIELD = re.compile(r"(%(?:\(\w*\))?\w|\{\w*\})")  # of '%s' % …, '{}'.format(…): the renderer has to read it
 _COMPARING = frozenset(("==", "!=", "<", "<=", ">", ">=", "in", "not", "is"))
+# Methods and filters that look for their first argument in a text.
+_SEARCHING = frozenset((
+    "split", "rsplit", "partition", "rpartition", "startswith", "endswith", "find", "rfind", "index", "rindex", "count",
+    "replace", "strip", "lstrip", "rstrip", "trim", "removeprefix", "removesuffix",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,12 @@ class RenderedChat:
 
     def spoken_mask(self, offsets: list[Range]) -> list[int]:
         """1 for each token that lies in the assistant's words, 0 for the others; `offsets`: the range of each token."""
-        return [int(any(first <= start < end <= last for first, last in self.spoken)) for start, end in offsets]
+        starts = [first for first, _ in self.spoken]
+        mask = []
+        for start, end in offsets:
+            at = bisect_right(starts, start) - 1
+            mask.append(int(at >= 0 and start < end <= self.spoken[at][1]))
+        return mask
 
     def replace(self, edits: list[tuple[Range, str]]) -> "RenderedChat":
         """The chat with other text in some ranges, given in order; control tokens in the new text are trusted."""
@@ -107,7 +117,8 @@ def render_chats(
     """Render one conversation or several; see `TikTokenTokenizer.apply_chat_template` for the arguments.
 
     Args:
-        tokenize, sanitize_control_tokens: with both, find out which control tokens the template wrote; else `control` is None.
+        tokenize, sanitize_control_tokens: with both, find out which control tokens the template wrote; else `control`
+            is None.
         want_spoken: also find the assistant's own words, which the template marks by `{% generation %}`.
         placeholders: words to find like control tokens, which the caller will replace by others.
         variables: further variables of the template, which count as content, and `documents`.
@@ -116,10 +127,12 @@ def render_chats(
         TypeError: a flag is not a bool, a message no dict, a role no string, or a tool neither dict nor function.
         ValueError: there is no message or no template, or the template's own text cannot be told from the content.
     """
-    flags = {"thinking": thinking, "preserve_thinking": preserve_thinking, "add_generation_prompt": add_generation_prompt}
-    for name, flag in {**flags, "tokenize": tokenize, "sanitize_control_tokens": sanitize_control_tokens}.items():
-        if not isinstance(flag, bool) and not (flag is None and name in flags):
-            raise TypeError(f"{name} must be True, False or None, not {describe(flag)}")
+    optional = {"thinking": thinking, "preserve_thinking": preserve_thinking}
+    optional["add_generation_prompt"] = add_generation_prompt
+    for name, flag in {**optional, "tokenize": tokenize, "sanitize_control_tokens": sanitize_control_tokens}.items():
+        if not isinstance(flag, bool) and not (flag is None and name in optional):
+            allowed = "True, False or None" if name in optional else "True or False"
+            raise TypeError(f"{name} must be {allowed}, not {describe(flag)}")
     if want_spoken and continue_final_message:
         raise ValueError("the assistant's words cannot be marked together with continue_final_message")
     chats = check_messages(conversation)
@@ -173,8 +186,8 @@ def render_chats(
                 for text, spoken, (read, ranges) in zip(texts, all_spoken, found)
             ]
     raise ValueError(
-        "the chat template decides by comparing its own control tokens with the text of the messages, so the two cannot be "
-        "told apart; change the template, or pass sanitize_control_tokens=False if you trust all of the messages"
+        "the chat template compares or changes its own control tokens in such a way that they cannot be told from the"
+        " text of the messages; change the template, or pass sanitize_control_tokens=False if you trust all messages"
     )
 
 
@@ -260,11 +273,11 @@ class Ink:
 def _ink(names: frozenset[str], taken: set[str]) -> Ink:
     """Ink for a chat in which the private-use characters `taken` occur."""
     count = len(_letters(names))
-    # From the end: what fonts put there is mostly at the beginning. So nearly all chats share one ink, and one template.
+    # From the end, as fonts use the beginning: so nearly all chats share one ink, and one template.
     dyes = islice((chr(code) for code in PRIVATE_USE if chr(code) not in taken), count)
     found = "".join(dyes)
     if len(found) < count:
-        raise ValueError(f"the messages hold {len(taken)} of Unicode's private-use characters, so that too few are left")
+        raise ValueError(f"the messages hold {len(taken)} of Unicode's private-use characters: too few are left")
     return _ink_of(names, found)
 
 
@@ -281,10 +294,10 @@ def _letters(names: frozenset[str]) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _inked_template(ink: Ink, source: str, everywhere: bool) -> str:
-    """The template with its literals in ink. `everywhere` False: but for those that the template compares with something
-    or hands to a method or filter, as in `'</think>' in message.content`, which must find the plain word there."""
+    """The template with its control tokens in ink. `everywhere` False: not those that it looks for in the messages, as
+    in `'</think>' in message.content`, which are to be found there as they were typed."""
     tokens = [(kind, value) for _, kind, value in Environment(trim_blocks=True, lstrip_blocks=True).lex(source)]
-    plain = set() if everywhere else _looked_up(tokens)
+    plain = set() if everywhere else _looked_for(tokens)
     parts = []
     for at, (kind, value) in enumerate(tokens):
         if kind == "data":
@@ -299,20 +312,24 @@ def _inked_template(ink: Ink, source: str, everywhere: bool) -> str:
     return "".join(parts) + "\n" * source.endswith("\n")
 
 
-def _looked_up(tokens: list[tuple[str, str]]) -> set[int]:
-    """Indices of the strings among a template's tokens that are compared, subscripts, or arguments of methods, filters."""
+def _looked_for(tokens: list[tuple[str, str]]) -> set[int]:
+    """Indices of the strings among a template's tokens that are compared with something or searched for in it."""
     solid = [at for at, (kind, _) in enumerate(tokens) if kind not in ("whitespace", "comment")]
     values = ["", "", *(tokens[at][1] for at in solid), ""]
-    found, brackets = set(), []
+    found, brackets = set(), [False]  # for each open bracket, whether what stands there now is looked for
+    calls = []  # and whether it is a call
     for n, at in enumerate(solid, start=2):
         (kind, value), before, after = tokens[at], values[n - 1], values[n + 1]
         if kind == "operator" and value in "([{":
-            called = value == "(" and values[n - 2] in (".", "|")
-            subscript = value == "[" and (before[-1:].isalnum() or before in (")", "]"))
-            brackets.append(called or subscript or before in _COMPARING)
-        elif kind == "operator" and value in ")]}" and brackets:
+            calls.append(value == "(" and values[n - 2] in (".", "|"))
+            searching = calls[-1] and before in _SEARCHING
+            brackets.append(searching or before in _COMPARING or (brackets[-1] and not calls[-1]))
+        elif kind == "operator" and value in ")]}" and calls:
+            calls.pop()
             brackets.pop()
-        elif kind == "string" and (any(brackets) or before in _COMPARING or after in _COMPARING):
+        elif kind == "operator" and value == "," and calls and calls[-1]:
+            brackets[-1] = False
+        elif kind == "string" and (brackets[-1] or before in _COMPARING or after in _COMPARING):
             found.add(at)
     return found
 

@@ -134,10 +134,11 @@ class KimiK26Processor(ProcessorMixin):
         items = [MediaItem("image", one, None, f"images[{at}]") for at, one in enumerate(pictures)]
         items += [MediaItem("video", one, fps, f"videos[{at}]") for at, (one, fps) in enumerate(zip(films, rates))]
         counts = {"image": picture_counts, "video": film_counts}
-        return self._build(None if texts is None else list(map(RenderedChat, texts)), items, counts, options, return_tensors)
+        prompts = None if texts is None else [RenderedChat(one) for one in texts]
+        return self._build(prompts, items, counts, options, return_tensors)
 
     def _build(self, chats, items, counts, options, return_tensors) -> BatchFeature:
-        """Media items and prompts to one batch. `counts`: number of items per prompt by kind, where the caller said it."""
+        """Media items and prompts to one batch. `counts`: items per prompt by kind, where the caller said it."""
         if chats is None:
             return BatchFeature(join([self._encode(item, options) for item in items]), tensor_type=return_tensors)
         places = [_placeholders(chat) if items else [] for chat in chats]
@@ -272,7 +273,7 @@ class KimiK26Processor(ProcessorMixin):
                 a generation prompt is added by default.
             return_assistant_tokens_mask: also gives `assistant_masks`, 1 on what the assistant wrote.
             processor_kwargs: arguments of `__call__`, which may also be given directly.
-            sanitize_control_tokens: only the template speaks control: special tokens and placeholders of media written in
+            sanitize_control_tokens: only the template speaks control: special tokens and placeholders of media typed in
                 the messages become ids of ordinary text. False reads them wherever they stand, as published.
             kwargs: `thinking`, `preserve_thinking` and variables of the template; arguments of `__call__`.
 
@@ -488,7 +489,7 @@ def _rates(fps: Any, metadata: Any) -> Any:
 
 
 def _placeholders(chat: RenderedChat) -> list[tuple[tuple[int, int], str]]:
-    """Where the pictures and videos of a prompt go, and which of the two; in a rendered chat where its template says."""
+    """Where the pictures and videos of a prompt go, and which of the two; in a chat, where its template says."""
     if chat.control is None:
         spans = [match.span() for match in PLACEHOLDERS.finditer(chat.text)]
     else:

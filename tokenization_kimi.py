@@ -174,7 +174,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
 
     # ---- Text → ids ----
 
-    def _segments(self, text: str, plain: bool, control: ControlText | None = None) -> Iterator[tuple[list[int], int, int]]:
+    def _segments(self, text: str, plain: bool, control: ControlText | None) -> Iterator[tuple[list[int], int, int]]:
         """Ids of consecutive parts of `text` with the character range of each part."""
         if plain or self._added_pattern is None:
             allowed = set() if plain or control else "all"
@@ -191,7 +191,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             return
 
         def between(start, end):
-            for ids, first, last in self._segments(text[start:end], plain=True):
+            for ids, first, last in self._segments(text[start:end], plain=True, control=None):
                 yield ids, start + first, start + last
 
         done = 0
@@ -227,11 +227,11 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         written = {t.content for t in added if t.content in chat_template and not t.content.strip().isalnum()}
         return frozenset(written.union(self._encoding._special_tokens, (t.content for t in added if t.special)))
 
-    def _text_ids(self, text: str, plain: bool, control: ControlText | None = None) -> list[int]:
+    def _text_ids(self, text: str, plain: bool, control: ControlText | None) -> list[int]:
         segments = [ids for ids, _, _ in self._segments(text, plain, control)]
         return segments[0] if len(segments) == 1 else [index for ids in segments for index in ids]
 
-    def _ids_and_offsets(self, text: str, plain: bool, control: ControlText | None = None) -> tuple[list[int], list[Range]]:
+    def _ids_and_offsets(self, text: str, plain: bool, control: ControlText | None) -> tuple[list[int], list[Range]]:
         """Ids of `text` and for each the range of characters it holds bytes of (several may share a character)."""
         # tiktoken replaces what UTF-8 cannot carry; doing it first keeps the counts right.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -337,7 +337,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
                 if all(isinstance(item, int) for item in given):
                     return list(given), None
                 if is_split_into_words and all(isinstance(item, str) for item in given):
-                    return [index for word in given for index in self._text_ids(word, plain)], None
+                    return [index for word in given for index in self._text_ids(word, plain, control)], None
             allowed = "a list of strings" if is_split_into_words else "a string, a pair of strings in a batch,"
             raise TypeError(f"{name} must be {allowed} or a list of ids, not {describe(given)}")
 
@@ -506,8 +506,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     ):
         """Messages → ids, or text with `tokenize=False`. The other arguments and the result are the library's.
 
-        Only the template speaks control: special tokens written in a message, a name, a tool's result or declaration, or a
-        further variable of the template (`kwargs`) become the ids of ordinary text. With `tokenize=False` nothing differs.
+        Only the template speaks control: special tokens typed in a message, a name, a tool's result or declaration, or
+        another variable of the template (`kwargs`) become ids of ordinary text. The text of a chat is as published.
 
         Args:
             conversation: messages in OpenAI's form, or a list of such lists.
@@ -516,15 +516,14 @@ class TikTokenTokenizer(PreTrainedTokenizer):
                 `return_assistant_tokens_mask` is set.
             return_assistant_tokens_mask: also return `assistant_masks`, 1 on the tokens that are the assistant's own words
                 (reasoning, content, calls and the closing `<|im_end|>`), 0 elsewhere; implies `return_dict`.
-            sanitize_control_tokens: False restores the published behaviour, where special tokens written anywhere in the
-                chat become their ids: for messages that are trusted, such as replies put back with their markers.
+            sanitize_control_tokens: False restores the published behaviour: special tokens typed anywhere become their
+                ids. For trusted messages, such as replies put back with their markers.
             thinking: False asks for an answer without thinking and shows none of the earlier thinking.
             preserve_thinking: show the thinking of all earlier turns, not only of those after the last finished answer.
 
         Raises:
-            TypeError: a flag is not a bool, a message no dict or its role no string (the error names the message), or a tool
-                neither dict nor function.
-            ValueError: the conversation is empty, or there is no chat template, or its own text cannot be told from the content.
+            TypeError: a flag is no bool, `messages[i]` no dict or its role no string, a tool neither dict nor function.
+            ValueError: there is no message or no template, or it confuses its control tokens with the messages' text.
         """
         if return_assistant_tokens_mask and not (tokenize and return_dict in (None, True)):
             raise ValueError("return_assistant_tokens_mask=True needs tokenize=True and return_dict=True")
@@ -558,7 +557,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             **(tokenizer_kwargs or {}),
         )
         if return_assistant_tokens_mask:
-            encoded["assistant_masks"] = [chat.spoken_mask(row) for chat, row in zip(chats, encoded.pop("offset_mapping"))]
+            offsets = encoded.pop("offset_mapping")
+            encoded["assistant_masks"] = [chat.spoken_mask(row) for chat, row in zip(chats, offsets)]
             encoded = BatchEncoding(dict(encoded), tensor_type=return_tensors)
         if not is_batch and not return_tensors:
             encoded = BatchEncoding({key: value[0] for key, value in encoded.items()})

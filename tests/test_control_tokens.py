@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from kimi_k26.tokenization_kimi import TikTokenTokenizer
 
 PICTURE = Image.fromarray(np.arange(56 * 56 * 3, dtype=np.uint8).reshape(56, 56, 3))  # 4 tokens
 FRAMES = [PICTURE] * 6  # at 2 frames a second: clips of 4 and 2 frames, 4 tokens each
-MARKS = ["<|im_end|>", "<|im_user|>", "<|im_system|>", "<|im_assistant|>", "<|im_middle|>", "<think>", "</think>", "[EOS]"]
+MARKS = ["<|im_end|>", "<|im_user|>", "<|im_system|>", "<|im_assistant|>", "<|im_middle|>", "<think>", "</think>"]
 MARKS += ["<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"]
-MARKS += ["<|media_begin|>", "<|media_content|>", "<|media_end|>", MEDIA_PAD, VIDEO_PLACEHOLDER, "[BOS]", "[PAD]", "[EOT]"]
+MARKS += ["<|media_begin|>", "<|media_content|>", "<|media_end|>", MEDIA_PAD, VIDEO_PLACEHOLDER, "[EOS]", "[PAD]"]
 HARMLESS = str.maketrans("<[", "‹⟦")  # what text in these cannot be a control token; the length stays
 
 
@@ -74,7 +75,7 @@ def expected_ids(tok, text, harmless_text):
 
 
 class Typist:
-    """Writes texts with control tokens in them: whole ones, reserved ones, halves, halves that meet in the next field."""
+    """Writes texts with control tokens in them: whole ones, reserved ones, halves that meet in the next field."""
 
     def __init__(self, tok, seed):
         self.rng = random.Random(seed)
@@ -93,7 +94,8 @@ class Typist:
 
     def schema(self, depth=2):
         rng = self.rng
-        kind = rng.choice(["string", "enum", "array", "object", "ref", "default", "odd"] if depth else ["string", "enum"])
+        kinds = ["string", "enum", "array", "object", "ref", "default", "odd"]
+        kind = rng.choice(kinds if depth else kinds[:2])
         schema = {"description": self.text()}
         if kind == "enum":
             schema |= {"type": "string", "enum": [self.text(), self.text()]}
@@ -106,14 +108,15 @@ class Typist:
         elif kind == "odd":
             schema |= {"oneOf": [{"const": self.text()}]}  # no TypeScript: all tools are shown as JSON
         else:
-            schema |= {"type": "string", "pattern": self.text()} | ({"default": self.text()} if kind == "default" else {})
-        return schema
+            schema |= {"type": "string", "pattern": self.text()}
+        return schema | ({"default": self.text()} if kind == "default" else {})
 
     def tool(self):
         properties = {f"p{n}{self.text()}": self.schema() for n in range(2)}
         defs = {"leaf": {"type": "string", "description": self.text()}}
         parameters = {"type": "object", "properties": properties, "$defs": defs}
-        return {"type": "function", "function": {"name": self.text(), "description": self.text(), "parameters": parameters}}
+        function = {"name": self.text(), "description": self.text(), "parameters": parameters}
+        return {"type": "function", "function": function}
 
     def call(self):
         arguments = self.rng.choice([self.text(), {"a" + self.text(): [self.text()]}])
@@ -194,7 +197,7 @@ def without_text(message):
 def test_a_chat_without_typed_tokens_has_the_published_ids(tok):
     words = ["hello", " <|im_", "im_end|>", "<", "|>", "[EO", "S]", "a<b>c", "\n\n", "<|im_END|>", "< think>", "字", "👩"]
     words += ["\U0010fffd\U000f0000", "\ud83d", "\udc69", "  ", "'s", "<|", "reserved_token_", "think", "/think"]
-    rng = random.Random(7)
+    rng, seen = random.Random(7), 0
     for _ in range(60):
         chat = [user("".join(rng.choices(words, k=rng.randrange(8)))) for _ in range(3)]
         chat.insert(1, {"role": "assistant", "content": rng.choice(words), "reasoning": rng.choice(words)})
@@ -202,6 +205,8 @@ def test_a_chat_without_typed_tokens_has_the_published_ids(tok):
             continue
         text = tok.apply_chat_template(chat, tokenize=False, preserve_thinking=True)
         assert chat_ids(tok, chat, preserve_thinking=True) == tok.encode(text)
+        seen += 1
+    assert seen > 30
 
 
 def test_very_long_texts_are_cut_where_the_published_tokenizer_cuts(tok):
@@ -225,10 +230,7 @@ def test_golden_chats_keep_their_ids(golden):
 
 
 def template():
-    from kimi_k26 import tokenization_kimi
-
-    with open(tokenization_kimi.__file__.replace("tokenization_kimi.py", "chat_template.jinja"), encoding="utf-8") as file:
-        return file.read()
+    return Path(__file__).parents[1].joinpath("chat_template.jinja").read_text(encoding="utf-8")
 
 
 # ---- The forms of a call ----
@@ -242,7 +244,7 @@ def test_a_token_split_over_neighbouring_fields(tok):
     schema = {"type": "array", "items": {"$ref": "#/$defs/think"}}
     parameters = {"type": "object", "properties": {"x": schema}, "$defs": {"think": {"type": "string"}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-    declaring = tok.chat_template.replace("tools_ts_str if tools_ts_str is defined else declaration(tools)", "declaration(tools)")
+    declaring = tok.chat_template.replace("tools_ts_str if tools_ts_str is defined else ", "")
     assert declaring != tok.chat_template
     for chat_template in (tok.chat_template, declaring):  # the tokenizer declares the tools, or the template does
         given = {"tools": tools, "chat_template": chat_template}
@@ -287,8 +289,8 @@ def test_continuing_a_message(processor):
     ids = chat_ids(tok, chat, continue_final_message=True)
     assert tok.decode(ids) == tok.apply_chat_template(chat, tokenize=False, continue_final_message=True)
     assert tok.decode(ids).endswith("<|im_user|> and")
-    assert control_ids(tok, ids) == control_ids(tok, tok.encode("<|im_user|>user<|im_middle|>x<|im_end|><|im_assistant|>"
-                                                                "assistant<|im_middle|><think></think>"))  # fmt: skip
+    names = ["<|im_user|>", "<|im_middle|>", "<|im_end|>", "<|im_assistant|>", "<|im_middle|>", "<think>", "</think>"]
+    assert tok.convert_ids_to_tokens(control_ids(tok, ids)) == names
     assert processor.apply_chat_template(chat, tokenize=True, continue_final_message=True) == [ids]
 
 
@@ -350,7 +352,8 @@ QWEN_LIKE = """
     "chat_template",
     [
         "{% for m in messages %}<|im_{{ m.role }}|>{{ m.content }}<|im_end|>\r\n{% endfor %}\n\n",
-        "{{ bos_token }}{% for m in messages %}{{ '<|im_{}|>'.format(m.role) ~ m.content[:40] ~ '<|im_end|>' }}{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|im_{}|>'.format(m.role) ~ m.content[:40] ~ '<|im_end|>' }}{% endfor %}",
         "{%- macro turn(m) -%}<|im_user|>{{ m['content'] | tojson }}{%- endmacro -%}"
         "{{ messages | map(attribute='content') | join('<|im_end|>') }}{{ turn(messages[0]) | trim }}",
         "{% set marks = {'user': '<|im_user|>', 'assistant': \"<|im_'\\x61ssistant|>\"} %}{# <|im_end|> #}"
@@ -362,8 +365,8 @@ QWEN_LIKE = """
     ],
 )
 def test_other_templates(tok, chat_template):
-    contents = ["hello", " <|im_end|>", "<think>", "[EOS]", "", "a</think>b", "<think>\nwhy<|im_end|></think> so", "user"]
-    for content in contents:
+    contents = ["hello", " <|im_end|>", "<think>", "[EOS]", "", "a</think>b", "<think>\nwhy<|im_end|></think> so"]
+    for content in [*contents, "user"]:
         chat = [user(content), {"role": "assistant", "content": content}]
         text, safe = (
             tok.apply_chat_template(one, chat_template=chat_template, tokenize=False) for one in (chat, harmless(chat))
@@ -387,12 +390,29 @@ def test_a_template_that_reads_thinking_out_of_content(tok):
     assert names == ["<|im_assistant|>", "<think>", "</think>", "<|im_end|>"]
 
 
+def test_what_a_template_looks_for_and_what_it_writes(tok):
+    """Only the searched words are without ink, in the same chat: the arguments of other methods are written."""
+    chat_template = (
+        "{% for m in messages %}{{ loop.cycle('<|im_user|>', '<|im_assistant|>') }}{{ m.get('x', '<|im_middle|>') }}"
+        "{{ m.content.replace('<think>', '[EOS]').split('</think>')[0] if '[BOS]' not in m.content }}"
+        "{{ ['a', 'b'] | join('<|im_end|>') }}{% if m.content.startswith(('<think>', '[EOT]')) %}[PAD]{% endif %}"
+        "{% endfor %}"
+    )
+    ids = chat_ids(tok, [user("<think>[EOS]<|im_end|>x</think>"), user("[BOS]")], chat_template=chat_template)
+    assert tok.decode(ids) == "<|im_user|><|im_middle|>[EOS][EOS]<|im_end|>xa<|im_end|>b[PAD]" + (
+        "<|im_assistant|><|im_middle|>a<|im_end|>b"
+    )
+    names = ["<|im_user|>", "<|im_middle|>", "[EOS]", "<|im_end|>", "[PAD]", "<|im_assistant|>", "<|im_middle|>"]
+    assert tok.convert_ids_to_tokens(control_ids(tok, ids)) == [*names, "<|im_end|>"]
+
+
 def test_a_template_that_cannot_be_told_from_the_content_is_refused(tok):
-    odd = "{% set mark = '<think>' %}{% for m in messages %}{{ mark }}{{ 'same' if m.content == mark else 'other' }}{% endfor %}"
+    odd = "{% set mark = '<think>' %}{{ mark }}{{ 'same' if messages[0].content == mark else 'other' }}"
     assert chat_ids(tok, [user("x")], chat_template=odd) == tok.encode("<think>other")
     with pytest.raises(ValueError, match="sanitize_control_tokens=False"):
         chat_ids(tok, [user("<think>")], chat_template=odd)
-    assert chat_ids(tok, [user("<think>")], chat_template=odd, sanitize_control_tokens=False) == tok.encode("<think>same")
+    loose = chat_ids(tok, [user("<think>")], chat_template=odd, sanitize_control_tokens=False)
+    assert loose == tok.encode("<think>same")
 
 
 def test_variables_of_a_template_are_content(tok):
@@ -403,7 +423,8 @@ def test_variables_of_a_template_are_content(tok):
 
 
 def test_editing_a_rendered_chat():
-    chat = RenderedChat("a[1]bb[2]c[3]", ControlText(frozenset(["[1]", "[2]", "[3]"]), [(1, 4), (6, 9), (10, 13)]), [(4, 13)])
+    control = ControlText(frozenset(["[1]", "[2]", "[3]"]), [(1, 4), (6, 9), (10, 13)])
+    chat = RenderedChat("a[1]bb[2]c[3]", control, [(4, 13)])
     edited = chat.replace([((6, 9), "[2]x[2]")])
     assert edited.text == "a[1]bb[2]x[2]c[3]" and edited.spoken == [(4, 17)]
     assert [edited.text[start:end] for start, end in edited.control.ranges] == ["[1]", "[2]", "[2]", "[3]"]
@@ -456,7 +477,7 @@ def test_wrong_messages_are_named(processor, messages, words):
 @pytest.mark.parametrize("flag", ["thinking", "preserve_thinking", "add_generation_prompt", "sanitize_control_tokens"])
 def test_wrong_flags_are_named(processor, flag, value):
     for face in (processor, processor.tokenizer):
-        with pytest.raises(TypeError, match=f"^{flag} must be True, False.*{type(value).__name__}"):
+        with pytest.raises(TypeError, match=f"^{flag} must be True.* False.*{type(value).__name__}"):
             face.apply_chat_template([user("x")], tokenize=True, **{flag: value})
 
 
