@@ -278,14 +278,16 @@ def which_picture(rng: Random) -> Case:
     if not chinese and rng.random() < 0.3:
         figure = _kind_words(named, chinese)
     question = rng.choice(WHICH_QUESTIONS_ZH if chinese else WHICH_QUESTIONS).format(figure)
-    # Each figure is noted with the number of its picture: then the answer stands beside the figure asked for.
+    # First the figure asked for, then each one seen with the number of its picture: the answer stands beside it.
     noted = [(kind, number) for number, half in enumerate(halves, 1) for kind in half]
     if chinese:
         thought = "，".join(f"{CHINESE[c]}{CHINESE[s]}{number}" for (c, s), number in noted)
-        thought += f"。{CHINESE[named[0]]}{CHINESE[named[1]]}{side + 1}。"
+        asked = CHINESE[named[0]] + CHINESE[named[1]]
+        thought = f"{asked}？{thought}。{asked}{side + 1}。"
         reply = f"第{'一二'[side]}张图片。"
     else:
-        thought = ", ".join(f"{c} {s} {number}" for (c, s), number in noted) + f". {named[0]} {named[1]} {side + 1}."
+        asked = " ".join(named)
+        thought = f"{asked}? " + ", ".join(f"{c} {s} {number}" for (c, s), number in noted) + f". {asked} {side + 1}."
         reply = f"The {('first', 'second')[side]} picture."
     messages = _ask(rng, _vary(rng, question), scenes)
     messages.append(_answer(reply, thought))
