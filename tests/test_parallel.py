@@ -35,7 +35,7 @@ def together(golden, tmp_path_factory):
         log = open(out / f"{rank}.log", "w")
         started.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT, text=True))
     try:
-        codes = [process.wait(timeout=300) for process in started]
+        codes = [process.wait(timeout=1200) for process in started]
     finally:
         for process in started:
             process.kill()

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import runpy
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -541,3 +543,12 @@ def test_the_library_offloads_experts(golden, name, tmp_path):
     assert {p.device.type for p in placed.get_submodule(f"{layer}.experts").parameters()} == {"cpu", "meta"}
     ids = words(1, 11)
     torch.testing.assert_close(placed(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_the_script_for_several_gpus(golden, monkeypatch, capsys):
+    script = Path(__file__).resolve().parents[1] / "examples" / "several_gpus.py"
+    monkeypatch.setattr(sys, "argv", [script.name, str(golden / "tiny-int4"), "--check", "--context", "9", "--tokens", "3"])
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "modules" in printed and float(printed.partition("one CPU's: ")[2].split()[0]) <= 1e-4
+    assert ("ms a token" in printed) == torch.accelerator.is_available() == ("not measured" not in printed)
