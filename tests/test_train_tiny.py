@@ -207,7 +207,7 @@ def run_to(folder, ranks, until, resume):
         port = probe.getsockname()[1]
     options = SimpleNamespace(
         seed=0, port=port, out=folder, matrix_rate=0.02, other_rate=0.004, minutes=1e6, steps=4, until=until,
-        rows=3, parts=1, resume=resume, log_every=2, aux_loss_alpha=0.001,
+        seeing=1, rows=3, parts=1, resume=resume, log_every=2, aux_loss_alpha=0.001,
     )  # fmt: skip
     threads = torch.get_num_threads()
     try:
