@@ -361,9 +361,10 @@ class KimiK26Experts(nn.ModuleList):
             sent.append((numbers, x.to(device, non_blocking=True), routing.to(device)))
         parts = [self.share(*one) for one in sent]
         every = beside() if beside is not None else None
-        total = parts[0].to(x.device, non_blocking=True)
+        on_accelerator = x.device.type != "cpu"  # main memory is read at once, so what goes there is waited for
+        total = parts[0].to(x.device, non_blocking=on_accelerator)
         for part in parts[1:]:
-            total = total + part.to(x.device, non_blocking=True)
+            total = total + part.to(x.device, non_blocking=on_accelerator)
         if self.peers is not None:
             total = self.peers.sum(total)
         return total.to(x.dtype) if every is None else total.to(x.dtype) + every
@@ -379,7 +380,7 @@ class KimiK26Experts(nn.ModuleList):
                 return torch.zeros_like(x, dtype=dtype)
             if x.device.type != "cpu":
                 self._announce((routing.picked[0][place] for place in places), x.device)
-            outs = torch.cat([self.run(routing.picked[0][place], x) for place in places])
+            outs = torch.cat([self.run(routing.picked[0][place], x).to(x.device) for place in places])
             weights = routing.weights
             if len(places) < weights.shape[1]:
                 weights = torch.cat([weights[:, place : place + 1] for place in places], dim=1)
@@ -394,7 +395,7 @@ class KimiK26Experts(nn.ModuleList):
             count, end = routing.counts[number], ends[number]
             if count:
                 rows = tokens[end - count : end]
-                out = self.run(number, x[rows]).to(dtype)
+                out = self.run(number, x[rows]).to(x.device, dtype)  # the library's hooks may have it elsewhere
                 total = total.index_add(0, rows, out * factors[end - count : end])
         return total
 

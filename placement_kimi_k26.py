@@ -24,7 +24,9 @@ Device = Union[int, str, torch.device]  # a key of `max_memory`, a value of `dev
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 OFFLOADED = ("cpu", "disk")  # the places that compute nothing where there are accelerators
 OF_AN_EXPERT = re.compile(r"\.experts\.\d+(\.|$)")
-FREE_FOR_WEIGHTS = 0.9  # of an accelerator's free memory, where nobody says more: activations and kernels take some
+# Of what is free, where nobody says more: activations and kernels take some of an accelerator's memory, and in main
+# memory all programs live.
+FREE_ON_ACCELERATORS, FREE_IN_MAIN_MEMORY = 0.9, 0.7
 FREE_FOR_CACHE = 2**15  # tokens whose latents are to fit beside the weights
 FETCHED_AT_ONCE = 2  # experts for which an accelerator keeps room beside those it holds
 
@@ -229,7 +231,8 @@ def memory(model: nn.Module, given: Optional[dict] = None) -> dict[Device, int]:
     per_token = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * model.dtype.itemsize
     free = get_max_memory()
     first = next((device for device in free if device not in OFFLOADED), None)
-    amounts = {device: int(amount * FREE_FOR_WEIGHTS) for device, amount in free.items()}
+    shares = {device: FREE_IN_MAIN_MEMORY if device in OFFLOADED else FREE_ON_ACCELERATORS for device in free}
+    amounts = {device: int(amount * shares[device]) for device, amount in free.items()}
     if first is not None:
         amounts[first] = max(0, amounts[first] - per_token * FREE_FOR_CACHE)
     return amounts
