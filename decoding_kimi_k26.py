@@ -154,7 +154,7 @@ class NativeLayer:
     def _extend(self, cache: Cache, x: torch.Tensor, span) -> Latents:
         """One more place for each row in the cache of this layer."""
         layer = layer_of(cache, self.layer.self_attn.layer_idx)
-        if type(layer) is LatentLayer:
+        if isinstance(layer, LatentLayer):
             past = layer.extend(x, (self.attention.rank, self.attention.rope), 1)
         else:
             past = int(span.query_index[0])
@@ -178,7 +178,7 @@ class NativeLayer:
 
 def has_room(layer, x: torch.Tensor, span) -> bool:
     """Whether the kernels can write one more token of each row into this layer of a cache."""
-    if type(layer) is LatentLayer:
+    if isinstance(layer, LatentLayer):
         return not layer.is_initialized or layer.dtype == x.dtype and layer.keys.shape[0] == x.shape[0]
     return (
         type(layer) is StaticLayer

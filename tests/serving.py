@@ -1,5 +1,6 @@
 """A server for tests, and a stand-in for the model that says what it is told to."""
 
+import contextlib
 import http.client
 import json
 import threading
@@ -61,8 +62,8 @@ class Parrot:
         self.steps.append(len(input_ids))
         states = input_ids[:, None, :, None].double()
         known, _ = past_key_values.update(states, states, 0)
-        ends = [known.shape[2] - 1] * len(input_ids) if position_ids is None else position_ids[:, -1].tolist()
-        rows = [known[row, 0, : end + 1, 0].long().tolist() for row, end in enumerate(ends)]
+        places = [known.shape[2] - 1] * len(input_ids) if position_ids is None else position_ids[:, -1].tolist()
+        rows = [known[row, 0, -1 - place :, 0].long().tolist() for row, place in enumerate(places)]
         return SimpleNamespace(logits=torch.stack([self.logits(ids) for ids in rows]).unsqueeze(1))
 
     def logits(self, ids: list[int]) -> torch.Tensor:
@@ -89,13 +90,14 @@ class Parrot:
 
 
 class Running:
-    """A server in a thread of this process, at `port`."""
+    """A server in a thread of this process, at `port`. Its model is a `Parrot`, unless one is given."""
 
-    def __init__(self, checkpoint, limits: Limits = Limits(), keys=(), policy=MediaPolicy(), pause=0.0, **engine):
+    def __init__(self, checkpoint, limits: Limits = Limits(), keys=(), pause=0.0, model=None, **engine):
         self.processor = KimiK26Processor.from_pretrained(checkpoint)
-        self.model = Parrot(self.processor, pause)
-        self.engine = Engine(self.model, [self.model.end], **engine)
-        self.service = Service(self.model, self.processor, self.engine, ["kimi"], policy, limits)
+        self.model = model or Parrot(self.processor, pause)
+        end = self.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.engine = Engine(self.model, [end], **engine)
+        self.service = Service(self.model, self.processor, self.engine, ["kimi"], MediaPolicy(), limits)
         config = uvicorn.Config(create_app(self.service, keys), host="127.0.0.1", port=0, log_level="warning")
         self.server = make_server(config, self.engine, grace=1.0)
         self.thread = threading.Thread(target=self.server.run)
@@ -143,7 +145,7 @@ class Running:
     def stream(self, content, **fields) -> list[dict]:
         """The chunks of a streamed answer."""
         connection, answer = self.open_stream(content, **fields)
-        with connection:
+        with contextlib.closing(connection):
             assert answer.status == 200, answer.read()
             assert answer.headers.get_content_type() == "text/event-stream"
             return list(chunks_of(answer))

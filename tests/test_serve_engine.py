@@ -10,9 +10,11 @@ import torch
 
 pytest.importorskip("fastapi", reason="the server takes the extra `serve`")
 
+from kimi_k26 import KimiK26ForConditionalGeneration
 from kimi_k26.cli.serve.engine import Clip, Engine, Prompt, QueueFull, Sequence, Stopped, prompt_keys
-from kimi_k26.cli.serve.latents import LatentCache, Prefixes
+from kimi_k26.cli.serve.latents import RowCache, Prefixes
 from kimi_k26.cli.serve.sampling import Sampler, Settings, sample
+from kimi_k26.native_kimi_k26 import library
 from kimi_k26.tests.tiny_models import EOS, MEDIA, make_model, media_prompt, words
 
 GREEDY = Settings(temperature=0.0)
@@ -124,6 +126,9 @@ def test_a_dialogue_is_not_read_again(engine, model):
     assert listener.wait() == alone(model, follow, 10)
     assert sequence.cached == len(prompt) + len(said) - 1  # the last token was said, and not read
     assert engine.counts["prompt_tokens_read"] == len(follow) - sequence.cached
+    longer = torch.cat((follow[:4], words(200, seed=5)))  # much more than what is known
+    sequence, listener = ask(engine, longer, 3)
+    assert listener.wait() == alone(model, longer, 3) and sequence.cached >= 4
     sequence, listener = ask(engine, prompt, 3)  # a known prompt: its last token has to be read for the logits
     assert listener.wait() == said[:3].tolist() and sequence.cached == len(prompt) - 1
 
@@ -188,6 +193,23 @@ def test_the_youngest_wait_when_the_cache_is_full(engine, model, kept):
 def test_a_reply_ends_where_the_cache_does(engine):
     _, listener = ask(engine, words(30, seed=1), 60)
     assert len(listener.wait()) == 10 and listener.ending == "length"
+
+
+def test_the_native_kernels_serve_it(tiny_checkpoint):
+    model = KimiK26ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    engine = Engine(model, [], rows=3)
+    engine.start()
+    prompt = words(9, seed=1)
+    _, lonely = ask(engine, prompt, 10)
+    with torch.inference_mode():
+        wanted = model.generate(prompt[None], max_new_tokens=10, do_sample=False, eos_token_id=-1)[0, 9:].tolist()
+    assert lonely.wait() == wanted
+    asked = [ask(engine, words(n, seed=n), 5)[1] for n in (4, 6, 5)]
+    assert [len(listener.wait()) for listener in asked] == [5, 5, 5]
+    if library() is not None:
+        assert all(layer.native is not None for layer in model.language_model.model.layers)
+    engine.close()
+    assert engine.join(10)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -304,7 +326,7 @@ def test_a_fault_takes_only_those_it_met(model, fault):
 
 
 def test_a_step_copies_nothing(model):
-    cache = LatentCache(3)
+    cache = RowCache(3)
     rows = [[(torch.randn(n, 16), torch.randn(n, 4)) for _ in range(3)] for n in (9, 4, 6)]
     for row in rows:
         cache.add_row(row)
@@ -318,17 +340,17 @@ def test_a_step_copies_nothing(model):
             moved[places != [layer.keys.data_ptr() for layer in cache.layers]] += 1
     assert cache.lengths == [49, 44, 46] and moved[True] <= 1
     for row, contents in enumerate(rows):
-        for (latents, rotary), (kept, kept_rotary) in zip(contents, cache.row(row)):
+        for (latents, rotary), (kept, kept_rotary) in zip(contents, cache.row(row), strict=True):
             assert torch.equal(kept[: len(latents)], latents) and torch.equal(kept_rotary[: len(rotary)], rotary)
 
 
 def test_room_is_given_back():
-    cache = LatentCache(1)
+    cache = RowCache(1)
     cache.add_row([(torch.ones(60_000, 2), torch.ones(60_000, 1))])
     cache.add_row([(torch.full((3, 2), 7.0), torch.full((3, 1), 8.0))])
-    assert cache.layers[0].keys.shape[2] > 60_000
+    assert cache.layers[0].buffers[0].shape[2] > 60_000
     cache.remove_row(0)
-    assert cache.layers[0].keys.shape[2] < 1000 and cache.lengths == [3]
+    assert cache.layers[0].buffers[0].shape[2] < 1000 and cache.lengths == [3]
     assert torch.equal(cache.row(0)[0][0], torch.full((3, 2), 7.0))
 
 

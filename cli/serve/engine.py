@@ -16,7 +16,7 @@ from typing import Optional, Protocol
 import numpy as np
 import torch
 
-from .latents import LatentCache, Prefixes
+from .latents import RowCache, Prefixes
 from .sampling import Sampled, Sampler, sample
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Reading:
     def __init__(self, sequences: list[Sequence]):
         self.sequences = sequences
         self.prompt, self.ids = sequences[0].prompt, [*sequences[0].prompt.ids, *sequences[0].said]
-        self.cache: Optional[LatentCache] = None
+        self.cache: Optional[RowCache] = None
         self.features: dict[int, torch.Tensor] = {}  # by clip, while its tokens are not all read
 
     @property
@@ -139,7 +139,7 @@ class Engine:
         self._waiting: deque[list[Sequence]] = deque()
         self._reading: deque[Reading] = deque()
         self._running: list[Sequence] = []  # in the order of the cache's rows
-        self._cache = LatentCache(self.layers)
+        self._cache = RowCache(self.layers)
         self._changed = threading.Condition()  # guards _waiting, _open and _halt
         self._open, self._halt = True, False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -224,7 +224,7 @@ class Engine:
 
     def _empty(self) -> list[Sequence]:
         """Everyone leaves the batch."""
-        left, self._running, self._cache = self._running, [], LatentCache(self.layers)
+        left, self._running, self._cache = self._running, [], RowCache(self.layers)
         return left
 
     def _everyone(self) -> list[Sequence]:
@@ -324,7 +324,7 @@ class Engine:
 
     def _open_cache(self, reading: Reading) -> None:
         """A cache for the prompt, which begins with what is known of it already."""
-        reading.cache = cache = LatentCache(self.layers, room=len(reading.ids))
+        reading.cache = cache = RowCache(self.layers, len(reading.ids))
         keys = reading.sequences[0].keys()
         running = [(sequence.prompt.keys, self._cache.row(row)) for row, sequence in enumerate(self._running)]
         length, contents = self.prefixes.find(keys[:-1], running)

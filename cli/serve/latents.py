@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
+
+from ...cache_kimi_k26 import LatentLayer
 
 # Room for so many tokens is not worth giving back.
 SMALL = 2**14
@@ -13,63 +15,48 @@ SMALL = 2**14
 Contents = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-class LatentLayer(DynamicLayer):
-    """One layer's buffers: keys `(places, 1, room, rank)` and values `(places, 1, room, rope)`, zero where unwritten."""
+class RowLayer(LatentLayer):
+    """One layer's rows: `keys` and `values` are views of buffers that the cache lays out, zero where unwritten."""
 
-    def __init__(self, cache: "LatentCache"):
+    def __init__(self, cache: "RowCache"):
         super().__init__()
         self.cache = cache
+        self.buffers: tuple[torch.Tensor, ...] = ()
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor):
-        self.dtype, self.device = key_states.dtype, key_states.device
-        shape = (self.cache.places, 1, self.cache.room)
-        # Zeros, as what a mask hides is still multiplied, by nothing: it has to be finite.
-        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
-        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
-        self.is_initialized = True
+    def allocate(self, like: torch.Tensor, widths: tuple[int, int]) -> None:
+        """Buffers `(places, 1, columns, width)`. Zeros, as what a mask hides is still multiplied: it has to be finite."""
+        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        shape = (self.cache.places, 1, self.cache.columns)
+        self.buffers = tuple(like.new_zeros(*shape, width) for width in widths)
+        self.look()
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Writes the new tokens behind those of each row, and gives back all rows up to the longest, as views."""
+    def look(self, ahead: int = 0) -> None:
+        """See all rows from the beginning of the longest to the end, and `ahead` columns after it."""
+        rows, end = self.cache.rows, self.cache.end
+        seen = slice(end - self.cache.longest, end + ahead)
+        self.keys, self.values = (buffer[:rows, :, seen] for buffer in self.buffers)
+
+    def extend(self, like: torch.Tensor, widths: tuple[int, int], new: int) -> int:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        cache = self.cache
-        rows, new = key_states.shape[0], key_states.shape[2]
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if rows == 1:
-                buffer[0, 0, cache.lengths[0] : cache.lengths[0] + new] = states[0, 0]
-            else:
-                buffer[cache.row_index, 0, cache.ends] = states[:, 0, 0]
-        seen = cache.longest + new
-        return self.keys[:rows, :, :seen], self.values[:rows, :, :seen]
-
-    def move(self):
-        """To buffers of the size the cache has now."""
-        if not self.is_initialized:
-            return
-        keys, values = self.keys, self.values
-        self.lazy_initialization(keys, values)
-        rows, length = self.cache.rows, self.cache.longest
-        self.keys[:rows, :, :length] = keys[:rows, :, :length]
-        self.values[:rows, :, :length] = values[:rows, :, :length]
-
-    def get_seq_length(self, *args) -> int:
+            self.allocate(like, widths)
+        self.look(ahead=new)
         return self.cache.longest
 
 
-class LatentCache(Cache):
+class RowCache(Cache):
     """A cache of the library whose rows join and leave, each with its own length.
 
-    Every row starts at column 0, so that nothing moves when another row comes, grows or goes. A step writes one token to
-    each row in place; buffers are made anew only when rows or lengths outgrow them, or fill less than a quarter.
+    All rows end at one column, where a step writes a token of each in place; a mask hides what stands before the shorter
+    ones. Buffers are made anew only when a row or the column finds no room, or when they are mostly empty.
 
     Args:
         layers: decoder layers of the model.
-        room: tokens a row can hold before the buffers grow.
+        room: tokens that the first row can grow to before the buffers do.
     """
 
     def __init__(self, layers: int, room: int = 0):
-        super().__init__(layers=[LatentLayer(self) for _ in range(layers)])
-        self.places, self.room = 1, max(1, room)
+        super().__init__(layers=[RowLayer(self) for _ in range(layers)])
+        self.places, self.columns, self.end = 1, max(1, room), 0
         self.lengths: list[int] = []
 
     @property
@@ -82,67 +69,72 @@ class LatentCache(Cache):
 
     def open_row(self) -> None:
         """An empty first row, for a prompt to be read into."""
-        self.lengths = [0]
+        self.lengths, self.end = [0], 0
 
     def add_row(self, contents: Contents) -> None:
         """A new last row with a copy of these latents."""
         length = contents[0][0].shape[0]
-        self._grow(self.rows + 1, max(self.longest, length) + 1)
-        for layer, (keys, values) in zip(self.layers, contents):
-            if not layer.is_initialized:
-                layer.lazy_initialization(keys, values)
-            layer.keys[self.rows, 0, :length] = keys
-            layer.values[self.rows, 0, :length] = values
+        if self.rows == 0:
+            self.end = min(length, self.columns)
+        if self.rows == self.places or length > self.end:
+            self._move(self.rows + 1, max(length, self.longest))
         self.lengths.append(length)
+        for layer, parts in zip(self.layers, contents):
+            if not layer.is_initialized:
+                layer.allocate(parts[0], (parts[0].shape[-1], parts[1].shape[-1]))
+            for buffer, part in zip(layer.buffers, parts):
+                buffer[self.rows - 1, 0, self.end - length : self.end] = part
+            layer.look()
 
     def remove_row(self, row: int, wipe: bool = False) -> None:
         """The last row takes the place of `row`. `wipe`: what the row held may not be finite."""
-        last = self.rows - 1
+        last, length = self.rows - 1, self.lengths[-1]
+        self.lengths[row] = length
+        self.lengths.pop()
         for layer in self.layers:
-            for buffer in (layer.keys, layer.values):
+            for buffer in layer.buffers:
                 if wipe:
                     buffer[row] = 0
                 if row < last:
-                    length = self.lengths[last]
-                    buffer[row, :, :length] = buffer[last, :, :length]
-        self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
-        if 4 * self.rows * (self.longest + 1) < self.places * self.room > SMALL:
-            self._move(self.rows, self.longest + 1)
+                    buffer[row, :, self.end - length : self.end] = buffer[last, :, self.end - length : self.end]
+            layer.look()
+        if self.places * self.columns > max(SMALL, 4 * self.rows * self.longest):
+            self._move(self.rows, self.longest)
 
     def row(self, row: int) -> Contents:
         """The latents of a row, as views."""
-        length = self.lengths[row]
-        return [(layer.keys[row, 0, :length], layer.values[row, 0, :length]) for layer in self.layers]
+        own = slice(self.end - self.lengths[row], self.end)
+        return [tuple(buffer[row, 0, own] for buffer in layer.buffers) for layer in self.layers]
 
     def begin_step(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Room for one more token in each row → its positions `(rows, 1)` and the mask of what it sees.
+        """Room for one more token in each row → its positions `(rows, 1)` and what it sees.
 
-        The mask is `(rows, 1, 1, longest + 1)`, true where visible, or `None` where every row sees all.
+        The mask is `(rows, longest + 1)`, false for the padding before a row, or `None` where there is none.
         """
-        self._grow(self.rows, self.longest + 1)
-        self.ends = torch.tensor(self.lengths, device=device)
-        self.row_index = torch.arange(self.rows, device=device)
-        positions = self.ends.unsqueeze(1)
+        if self.end == self.columns:
+            self._move(self.rows, self.longest)
+        positions = torch.tensor(self.lengths, device=device).unsqueeze(1)
         if min(self.lengths) == self.longest:
             return positions, None
-        keys = torch.arange(self.longest + 1, device=device)
-        return positions, (keys <= positions)[:, None, None]
+        columns = torch.arange(self.longest + 1, device=device)
+        return positions, columns >= self.longest - positions
 
     def end_step(self, tokens: int = 1) -> None:
         """Every row has grown by so many tokens."""
         self.lengths = [length + tokens for length in self.lengths]
+        self.end += tokens
 
-    def _grow(self, rows: int, length: int) -> None:
-        if rows > self.places or length > self.room:
-            self._move(max(rows, self.places), max(length, self.room))
-
-    def _move(self, rows: int, length: int) -> None:
-        """To new buffers for so many rows and tokens, with some to spare."""
-        self.places = rows if rows == self.places else rows + rows // 2
-        self.room = length if length == self.room else length + length // 4 + 64
+    def _move(self, rows: int, end: int) -> None:
+        """To new buffers for so many rows that end at column `end`, with some to spare."""
+        before, kept = self.end, self.longest
+        self.places = max(1, rows if rows <= self.places else rows + rows // 2)
+        self.end, self.columns = end, end + end // 4 + 64
         for layer in self.layers:
-            layer.move()
+            if layer.is_initialized:
+                held = layer.buffers
+                layer.allocate(held[0], (held[0].shape[-1], held[1].shape[-1]))
+                for buffer, old in zip(layer.buffers, held):
+                    buffer[: self.rows, :, end - kept : end] = old[: self.rows, :, before - kept : before]
 
 
 class Prefixes:
