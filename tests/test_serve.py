@@ -1,19 +1,28 @@
 """The server over HTTP: what clients ask and are told. A stand-in for the model says what a test wants to hear."""
 
 import base64
+import http.client
 import io
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="the server takes the extra `serve`")
 
-from kimi_k26 import KimiK26Processor
+import kimi_k26
+from kimi_k26.cli import main
+from kimi_k26.cli.serve.schema import ChatRequest
 from kimi_k26.cli.serve.service import Limits
 from kimi_k26.tests.serving import Running, body_of, chunks_of, joined, script
 
@@ -544,9 +553,47 @@ def test_openai_client(server):
         client.chat.completions.create(model="kimi", messages=HI, temperature=1.9, extra_body={"temperature": 5})
 
 
-def test_defaults(tiny_checkpoint, server):
-    from kimi_k26.cli.serve.schema import ChatRequest
-
+def test_defaults(server):
     for fields, temperature in (({}, 1.0), ({"thinking": {"type": "disabled"}}, 0.6)):
         settings = server.service._settings(ChatRequest.model_validate({"messages": HI, **fields}))
         assert (settings.temperature, settings.top_p, settings.top_logprobs) == (temperature, 0.95, None)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tiny_checkpoint):
+    """A process of its own: it serves the folder, and stops when it is told to, with the stream at work brought to an end."""
+    command = [sys.executable, "-m", "kimi_k26.cli", "serve", str(tiny_checkpoint), "--port", "0", "--grace", "0.2"]
+    search = [str(Path(kimi_k26.__file__).resolve().parents[1]), *filter(None, sys.path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        said = []
+        for text in process.stderr:
+            said.append(text)
+            found = re.search(r"http://127\.0\.0\.1:(\d+)", text)
+            if found:
+                break
+        assert found, "".join(said)
+        server = SimpleNamespace(connect=lambda: http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60))
+        connection, answer = Running.open_stream(server, "Hi", model=tiny_checkpoint.name, logit_bias={"1": 100})
+        answer.readline()
+        process.send_signal(signal.SIGTERM)
+        *_, last = chunks_of(answer)
+        assert last["error"]["code"] == "stopping"
+        connection.close()
+        rest = process.stderr.read()
+        assert process.wait(30) == 0 and "Traceback" not in rest
+
+
+@pytest.mark.parametrize("words, says", [(["--max-running", "0"], "--max-running"), (["--max-body", "big"], "64MiB"), ([], "no")])
+def test_the_command_refuses(tiny_checkpoint, capsys, tmp_path, words, says):
+    folder = tiny_checkpoint if words else tmp_path / "no"
+    assert main(["serve", str(folder), *words]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(tiny_checkpoint, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert main(["serve", str(tiny_checkpoint)]) == 1
+    assert "needs llguidance: pip install 'kimi-k26[serve]'" in capsys.readouterr().err
