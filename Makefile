@@ -1,5 +1,6 @@
 # `make test`  sets up one environment per supported transformers version and runs all tests in each.
 # `make demo`  sets up one environment and shows the model at work.
+# `make bench` measures this project beside transformers and llama.cpp, each in an environment of its own.
 # The tests' tensors are small: one thread each is fastest, and sparing on a busy machine.
 # Environments stand under .venv/ and are used again while the requirements stay the same.
 
@@ -8,7 +9,7 @@ TORCH := 2.13.0
 VERSIONS := 4.57.1 4.57.6 5.23.0
 NEWEST := $(lastword $(VERSIONS))
 
-.PHONY: test demo clean
+.PHONY: test demo bench clean
 
 # Two versions at a time; each prints when it is done.
 test: $(VERSIONS:%=.venv/%/complete)
@@ -19,8 +20,12 @@ test: $(VERSIONS:%=.venv/%/complete)
 demo: .venv/$(NEWEST)/complete
 	.venv/$(NEWEST)/bin/kimi-k26 demo
 
+# llama.cpp is built from source for this processor, which takes minutes; an environment of its own keeps it out of the tests.
+bench: .venv/$(NEWEST)/complete .venv/llama.cpp/complete
+	.venv/$(NEWEST)/bin/python benchmarks/text.py --profile --json benchmarks/text.json --plot benchmarks/text.png
+
 clean:
-	rm -rf .venv build dist *.egg-info demo-output .pytest_cache
+	rm -rf .venv benchmarks/work build dist *.egg-info demo-output .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and pinned, so that nothing after it brings another build. Files are compiled when first imported.
@@ -31,4 +36,10 @@ clean:
 	.venv/$*/bin/python -m pip install -q --no-compile torch==$(TORCH) transformers==$* -r tests/requirements.txt
 	.venv/$*/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	.venv/$*/bin/python -m pip check
+	touch $@
+
+.venv/llama.cpp/complete: benchmarks/requirements.txt
+	rm -rf .venv/llama.cpp
+	$(PYTHON) -m venv .venv/llama.cpp
+	.venv/llama.cpp/bin/python -m pip install -q --no-binary llama-cpp-python -r benchmarks/requirements.txt
 	touch $@

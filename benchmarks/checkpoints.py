@@ -1,9 +1,9 @@
-"""What the benchmarks run on: a random checkpoint in the published layout, and the same folder as transformers 5 wants it.
+"""What the benchmarks run on: a random checkpoint in the published layout, and the same as transformers 5 wants it.
 
     python benchmarks/checkpoints.py FOLDER [--size mid|small] [--plain] [--seed N]
 
-`mid` has 0.79 B parameters: the published widths of each attention head, 8 layers, 64 experts of which each token uses 8.
-Weights are random, scaled so that activations keep their size from layer to layer; what the model says is noise.
+`mid` has 0.79 B parameters: heads as wide as published, 8 layers, 64 experts of which each token uses 8. Weights are
+random, scaled so that activations keep their size from layer to layer; what the model says is noise.
 """
 
 import argparse

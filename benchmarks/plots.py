@@ -2,28 +2,26 @@
 
 from pathlib import Path
 
+from report import NAMES
+
 
 COLOURS = {"kimi_k26": "#0072b2", "llama.cpp-flash": "#d55e00", "llama.cpp": "#e69f00", "transformers": "#7f7f7f"}
 
 
-def draw_text(results: dict, names: dict[str, str], path: Path):
-    """Decode and prefill against context, and memory, side by side.
-
-    Args:
-        results: what `text.run` gives back.
-        names: what to call each engine.
-    """
+def draw_text(results: dict, path: Path):
+    """Decode and prefill against context, and memory, side by side: `results` is what `text.run` gives back."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
     decode, prefill, memory = figure.subplots(1, 3)
-    for axes, what, title in ((decode, "decode", "a decode step, ms"), (prefill, "prefill", "prefill, tokens per second")):
+    titles = {"decode": "a decode step, ms", "prefill": "prefill, tokens per second"}
+    for axes, (what, title) in zip((decode, prefill), titles.items()):
         for engine in results["engines"]:
             rows = [row for row in results["rows"] if (row["what"], row["engine"], row["batch"]) == (what, engine, 1)]
             rows.sort(key=lambda row: row["context"])
             contexts = [row["context"] for row in rows]
             values = [row["median"] * 1e3 if what == "decode" else row["context"] / row["median"] for row in rows]
-            axes.plot(contexts, values, "o-", color=COLOURS[engine], label=names[engine], linewidth=2, markersize=4)
+            axes.plot(contexts, values, "o-", color=COLOURS[engine], label=NAMES[engine], linewidth=2, markersize=4)
         all_contexts = sorted({row["context"] for row in results["rows"] if row["batch"] == 1})
         axes.set(xscale="log", yscale="log", title=title, xlabel="tokens of context")
         axes.set_xticks(all_contexts, [f"{context:,}" for context in all_contexts], rotation=30)
@@ -31,7 +29,8 @@ def draw_text(results: dict, names: dict[str, str], path: Path):
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
     decode.legend(fontsize=8)
-    labels = [names[row["engine"]] + ("" if row["budget"] is None else ",\na quarter of the experts") for row in results["memory"]]
+    budgets = ["" if row["budget"] is None else ",\na quarter of the experts" for row in results["memory"]]
+    labels = [NAMES[row["engine"]] + budget for row, budget in zip(results["memory"], budgets)]
     sizes = [row["bytes"] / 2**20 for row in results["memory"]]
     bars = memory.barh(labels, sizes, color=[COLOURS[row["engine"]] for row in results["memory"]])
     memory.bar_label(bars, fmt="{:,.0f}", padding=3)

@@ -5,9 +5,9 @@
     python benchmarks/text.py --checkpoint FOLDER --contexts 128 1024 --json results.json --plot results.png
     python benchmarks/text.py --device cuda                     # where there is a GPU; llama.cpp stays out
 
-Measured: a decode step and a prefill at several lengths of context, a decode step of eight rows at once, and the peak of
-memory from loading to the fiftieth token. Every engine runs in a process of its own; they are asked in turn, round after
-round, with the same token ids, while the others sleep. Figures are medians; only ratios from one run mean anything.
+Measured: a decode step and a prefill at several lengths of context, a decode step of eight rows at once, and the peak
+of memory from loading to the fiftieth token. Every engine runs in a process of its own; they are asked in turn, round
+after round, with the same token ids, while the others sleep. Figures are medians; only ratios from one run count.
 Beside them stands the limit of the machine: the bytes that must be read over the bandwidth of its memory, or the
 products over its speed at matrix products, whichever takes longer.
 """
@@ -24,16 +24,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from checkpoints import SIZES, make_checkpoint, tensors_of
+from report import NAMES, OURS, report
 
 
 HERE = Path(__file__).resolve().parent
-OURS = "kimi_k26"
-NAMES = {
-    OURS: "this project",
-    "llama.cpp-flash": "llama.cpp, flash attention",
-    "llama.cpp": "llama.cpp",
-    "transformers": "transformers",
-}
 LONG = 32768
 SHARE = 4  # of the experts, one in so many fits the budget
 
@@ -43,7 +37,8 @@ class Engine:
 
     def __init__(self, name: str, python: str, checkpoint: Path, args, *options: str):
         self.name, self.log = name, tempfile.TemporaryFile("w+")
-        command = [python, HERE / "engines.py", name, checkpoint, "--threads", args.threads, "--device", args.device, *options]
+        command = [python, HERE / "engines.py", name, checkpoint, *options]
+        command += ["--threads", args.threads, "--device", args.device]
         self.process = subprocess.Popen(
             [str(word) for word in command],
             stdin=subprocess.PIPE,
@@ -105,8 +100,9 @@ class Limits:
         return (self.plain_bytes + used * self.expert_bytes + batch * context * self.cache) / self.machine["bandwidth"]
 
     def prefill(self, context: int) -> float:
-        """Two operations to a weight and token, and causal attention over expanded keys and values; or all weights read."""
-        products = 2 * context * (self.plain_numbers + self.chosen * self.expert_numbers) + self.per_pair * context**2 / 2
+        """Two operations to a weight and token, causal attention over expanded keys and values; or all weights read."""
+        weights = self.plain_numbers + self.chosen * self.expert_numbers
+        products = 2 * context * weights + self.per_pair * context**2 / 2
         used = 1 - (1 - self.chosen) ** context
         read = (self.plain_bytes + used * self.expert_bytes) / self.machine["bandwidth"]
         return max(products / self.machine["flops"], read)
@@ -135,9 +131,10 @@ def measure(engines: list[Engine], config: dict, context: int, batch: int, round
     found = []
     for what, taken in (("prefill", prefills), ("decode", decodes)):
         for name, seconds in taken.items():
-            row = {"what": what, "engine": name, "context": context, "batch": batch, "median": statistics.median(seconds)}
-            found.append(row | {"fastest": min(seconds), "slowest": max(seconds), "count": len(seconds)})
-            found[-1]["apart"] = apart(logits[name], logits[engines[0].name])
+            row = {"what": what, "engine": name, "context": context, "batch": batch}
+            row |= {"median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
+            row |= {"count": len(seconds), "apart": apart(logits[name], logits[engines[0].name])}
+            found.append(row)
     return found
 
 
@@ -148,77 +145,17 @@ def apart(one: list[float], other: list[float]) -> float:
 
 
 def memory(start, names: list[str], config: dict, budget: int, tokens: int = 50) -> list[dict]:
-    """Peak memory of loading and `tokens` tokens, beyond what is imported, each in a fresh process; the last with a budget."""
+    """Peak memory of loading and `tokens` tokens, beyond what is imported; at last this project's with a budget."""
     (prompt,) = prompts(config, 1, 16)
-    found = []
-    for name, options in [*((name, ()) for name in names), *([(OURS, ("--budget", budget))] if OURS in names else [])]:
+    found, cases = [], [(name, ()) for name in names]
+    if OURS in names:
+        cases.append((OURS, ("--budget", budget)))
+    for name, options in cases:
         with start(name, *options) as engine:
             reply = engine.ask("memory", prompt=prompt, tokens=tokens)
         found.append({"engine": name, "budget": options[1] if options else None, **reply})
         print(f"memory: {name} {' '.join(map(str, options))} {reply['bytes'] / 2**20:.0f} MiB", file=sys.stderr)
     return found
-
-
-def cell(value: float, ours: float | None, unit: str) -> str:
-    return f"{value:.4g} {unit}" if ours is None else f"{value:.4g} {unit} ({value / ours:.2f} ×)"
-
-
-def table(results: dict) -> str:
-    """All that was measured, as a Markdown table; in brackets, how many times this project's time or memory that is."""
-    names = results["engines"]
-    lines = [f"| | {' | '.join(NAMES[name] for name in names)} | limit |", "|---" * (len(names) + 2) + "|"]
-    keys = dict.fromkeys((row["what"], row["context"], row["batch"]) for row in results["rows"])
-    for what, context, batch in sorted(keys, key=lambda key: (key[2], key[0], key[1])):
-        label = f"{what}, {context:,} tokens" + (f", {batch} rows" if batch > 1 else "")
-        if what == "prefill" and batch > 1:
-            continue
-        medians = {row["engine"]: row["median"] for row in results["rows"] if (row["what"], row["context"], row["batch"]) == (what, context, batch)}
-        limit = next(row["limit"] for row in results["rows"] if (row["what"], row["context"], row["batch"]) == (what, context, batch))
-        ours = medians.get(OURS)
-        cells = [
-            "" if name not in medians else cell(medians[name] * 1e3, None if name == OURS else ours, "ms") for name in names
-        ]
-        lines.append(f"| {label} | {' | '.join(cells)} | {limit * 1e3:.3g} ms |")
-    held = {(row["engine"], row["budget"] is not None): row for row in results["memory"]}
-    ours = held.get((OURS, False), {}).get("bytes")
-    cells = [cell(held[name, False]["bytes"] / 2**20, None if name == OURS or not ours else ours / 2**20, "MiB") for name in names]
-    lines.append(f"| peak memory of loading and 50 tokens | {' | '.join(cells)} | {results['weights'] / 2**20:.0f} MiB of weights |")
-    if (OURS, True) in held:
-        less = held[OURS, True]
-        same = "same" if less["tokens"] == held[OURS, False]["tokens"] else "OTHER"
-        label = f"the same, a quarter of the experts held ({less['budget'] / 2**20:.0f} MiB)"
-        lines.append(f"| {label} | {less['bytes'] / 2**20:.4g} MiB, {same} tokens |" + " |" * len(names))
-    return "\n".join(lines)
-
-
-def summary(results: dict) -> list[str]:
-    """What follows from the rows: batches, growth, and how far apart the answers are."""
-    median = {(row["what"], row["engine"], row["context"], row["batch"]): row["median"] for row in results["rows"]}
-    lines = []
-    for what, name, context, batch in median:
-        if what == "decode" and batch > 1:
-            rate = batch * median["decode", name, context, 1] / median["decode", name, context, batch]
-            lines.append(f"{NAMES[name]}: {batch} rows give {rate:.2f} × the tokens per second of one, at {context:,} tokens")
-    for name in results["engines"]:
-        far = [row["apart"] for row in results["rows"] if row["engine"] == name]
-        if name != results["engines"][0] and far:
-            lines.append(f"{NAMES[name]}: logits after the prompts {min(far):.3f} to {max(far):.3f} from {NAMES[results['engines'][0]]}'s")
-    ours = sorted(context for what, name, context, batch in median if (what, name, batch) == ("decode", OURS, 1))
-    if len(ours) > 1:
-        grown = median["decode", OURS, ours[-1], 1] - median["decode", OURS, ours[0], 1]
-        limit = {row["context"]: row["limit"] for row in results["rows"] if (row["what"], row["batch"]) == ("decode", 1)}
-        least = limit[ours[-1]] - limit[ours[0]]
-        lines.append(f"growth from {ours[0]:,} to {ours[-1]:,} tokens: {grown * 1e3:.2f} ms, {grown / least:.1f} × reading the cache")
-    return lines
-
-
-def profile_lines(results: dict) -> list[str]:
-    lines = []
-    for context, found in results.get("profile", {}).items():
-        for what, times in found.items():
-            lines.append(f"{what} at {context} tokens: {times['all']:.2f} ms under the profiler")
-            lines += [f"  {taken:10.3f} ms {taken / times['all']:6.1%}  {name}" for name, taken in times.items() if name != "all"]
-    return lines
 
 
 def parse(arguments):
@@ -229,14 +166,15 @@ def parse(arguments):
     add("--work", type=Path, default=HERE / "work", help="folder for what is made (%(default)s)")
     add("--engines", nargs="+", choices=NAMES, default=list(NAMES))
     add("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
-    add("--long", action="store_true", help=f"also {LONG:,} tokens, this project alone: its peers take minutes to prefill them")
+    add("--long", action="store_true", help=f"also {LONG:,} tokens, this project alone: peers take long there")
     add("--batch", type=int, nargs=2, default=[8, 512], metavar=("ROWS", "CONTEXT"))
     add("--rounds", type=int, default=5, help="prefills of each engine and context (%(default)s)")
     add("--steps", type=int, default=12, help="decode steps after each prefill (%(default)s)")
     add("--threads", type=int, default=os.cpu_count())
     add("--device", default="cpu", help="cpu, or cuda where there is a GPU")
-    add("--transformers-python", default=sys.executable, help="interpreter of the environment with transformers 5")
-    add("--llama-python", default=str(HERE.parent / ".venv/llama.cpp/bin/python"), help="that with llama-cpp-python and gguf")
+    add("--transformers-python", default=sys.executable, help="interpreter of an environment with transformers 5")
+    llama = str(HERE.parent / ".venv/llama.cpp/bin/python")
+    add("--llama-python", default=llama, help="interpreter of an environment with llama-cpp-python and gguf")
     add("--profile", action="store_true", help="also where this project's time goes")
     add("--json", type=Path, help="write the results to this file")
     add("--plot", type=Path, help="draw them into this file (takes matplotlib)")
@@ -279,8 +217,9 @@ def run(args) -> dict:
     folder = folder.resolve()
     config, tensors = json.loads((folder / "config.json").read_text()), tensors_of(folder)
     args.work.mkdir(parents=True, exist_ok=True)
-    results = {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "threads": args.threads, "device": args.device}
-    results |= {"processor": processor(), "load_before": os.getloadavg()[0], "engines": names, "versions": {}, "rows": []}
+    results = {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "processor": processor()}
+    results |= {"threads": args.threads, "device": args.device, "load_before": os.getloadavg()[0]}
+    results |= {"engines": names, "versions": {}, "rows": []}
     results["weights"] = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("language_model."))
     experts = sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
     with tempfile.TemporaryDirectory(dir=args.work) as made:
@@ -305,9 +244,9 @@ def run(args) -> dict:
             if on_torch:
                 results["machine"] = on_torch[0].ask("machine")
             rows, context = args.batch
-            for length, batch in [*((length, 1) for length in args.contexts), *((context, n) for n in (1, rows))]:
-                if not any((row["context"], row["batch"]) == (length, batch) for row in results["rows"]):
-                    results["rows"] += measure(engines, config, length, batch, args.rounds, args.steps)
+            sizes = [*((length, 1) for length in args.contexts), (context, 1), (context, rows)]
+            for length, batch in dict.fromkeys(sizes):
+                results["rows"] += measure(engines, config, length, batch, args.rounds, args.steps)
             ours = [engine for engine in engines if engine.name == OURS]
             if args.long:
                 results["rows"] += measure(ours, config, LONG, 1, 1, args.steps)
@@ -338,16 +277,13 @@ def processor() -> str:
 def main(arguments=None) -> int:
     args = parse(arguments)
     results = run(args)
-    if "machine" in results:
-        speeds = "{bandwidth:.3g} bytes/s from memory, {flops:.3g} bfloat16 operations/s".format(**results["machine"])
-        print(f"{results['processor']}, {args.threads} threads: {speeds}")
-    print(table(results), *summary(results), *profile_lines(results), sep="\n")
+    print(report(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     if args.plot:
         from plots import draw_text
 
-        draw_text(results, NAMES, args.plot)
+        draw_text(results, args.plot)
     return 0
 
 
