@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "attach": "put this project's code into a downloaded checkpoint folder, or take it out again",
+    "chat": "talk with a checkpoint in the terminal",
     "check": "judge every file of a checkpoint folder without loading it",
     "demo": "a small checkpoint answers about pictures, videos, numbers and tools",
     "quantize": "write a checkpoint with INT4 experts, or an INT4 one with plain weights",
