@@ -27,6 +27,8 @@ def draw_text(results: dict, path: Path):
         axes.set_xticks(all_contexts, [f"{context:,}" for context in all_contexts], rotation=30)
         axes.xaxis.minorticks_off()
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=6)
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
     decode.legend(fontsize=8)
     budgets = ["" if row["budget"] is None else ",\na quarter of the experts" for row in results["memory"]]
@@ -37,5 +39,5 @@ def draw_text(results: dict, path: Path):
     memory.axvline(results["weights"] / 2**20, color="black", linestyle=":", linewidth=1)
     memory.invert_yaxis()
     memory.margins(x=0.15)
-    memory.set_title("peak memory, loading and 50 tokens, MiB (dots: weights)", fontsize=10)
+    memory.set(title="peak memory, MiB", xlabel="loading and 50 tokens; the dotted line: the weights")
     figure.savefig(path)
