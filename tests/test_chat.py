@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor
 from kimi_k26.cli import main
@@ -170,6 +171,17 @@ def test_system_prompt_survives_clearing(parts):
     assert [message["role"] for message in talk.messages] == ["system", "user", "assistant"]
     talk.clear()
     assert talk.messages == [{"role": "system", "content": "You are Kimi."}] and ask(talk, "Hello.").known == 0
+
+
+def test_answers_are_sampled_unless_the_temperature_is_zero(parts):
+    talk, said = Dialogue(*parts, Settings(8), think="off"), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        talk.clear()
+        said.append(ask(talk, "Hello.").reply["content"])
+    assert said[0] == said[1] != said[2]
+    assert [talk._choice()["temperature"] for talk.think in ("on", "off", "keep")] == [1.0, 0.6, 1.0]
+    assert Dialogue(*parts, Settings(8, temperature=0.3))._choice()["temperature"] == 0.3
 
 
 def test_an_interrupt_keeps_what_was_said(dialogue):
@@ -449,6 +461,17 @@ def test_wrong_arguments(words, tmp_path, capsys):
 def test_no_checkpoint(tmp_path, capsys):
     assert main(["chat", str(tmp_path / "nowhere")]) == 1
     assert capsys.readouterr().err == f"kimi-k26 chat: error: {tmp_path / 'nowhere'} is not a folder\n"
+
+
+@pytest.mark.parametrize("words", [["--dtype", "float99"], ["--memory", "much"], ["--expert-budget", "some"]])
+def test_options_that_a_model_does_not_take(words, endless, capsys):
+    verbosity = logging.get_verbosity()
+    try:
+        assert main(["chat", str(endless), *words]) == 1
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+    assert f"error: {endless} cannot be loaded: " in capsys.readouterr().err
 
 
 # -- the command itself -----------------------------------------------------------------------------------------------
