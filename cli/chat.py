@@ -148,7 +148,7 @@ class Screen:
 
 
 def last_of(text: str, columns: int) -> str:
-    """As much of the end of a text, after its first two characters, as there are columns for; `…` stands for the rest."""
+    """The first two characters of a text and as much of its end as there are columns for; `…` stands for the rest."""
     text = text.replace("\t", " ")
     widths = [0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text]
     if sum(widths) <= columns:
@@ -352,11 +352,11 @@ def add_arguments(parser) -> None:
     parser.add_argument("folder", type=Path, help="a checkpoint")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--think", choices=tuple(THINKING), default="on", help="see /think (%(default)s)")
-    parser.add_argument("--fold", action="store_true", help="thoughts take one line; left out where there is no terminal")
+    parser.add_argument("--fold", action="store_true", help="thoughts take one line; none without a terminal")
     parser.add_argument("--history", type=Path, metavar="FILE", help="keep typed lines there for the next time")
     group = parser.add_argument_group("answers")
     group.add_argument("--max-new-tokens", type=positive, default=32768, metavar="N", help="of an answer (%(default)s)")
-    group.add_argument("--temperature", type=between(0, 100), metavar="T", help="0 is greedy; 1.0, or 0.6 without thinking")
+    group.add_argument("--temperature", type=between(0, 100), metavar="T", help="0 is greedy; 1.0, 0.6 without thinking")
     group.add_argument("--top-p", type=between(1e-6, 1), default=TOP_P, metavar="P", help="(%(default)s)")
     group.add_argument("--seed", type=int, help="of what is sampled")
     group = parser.add_argument_group("the model")

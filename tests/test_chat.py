@@ -1,4 +1,4 @@
-"""`kimi-k26 chat`: dialogues with a small checkpoint in this process, and the command itself in a terminal and over pipes."""
+"""`kimi-k26 chat`: dialogues with a small checkpoint in this process; the command itself in a terminal and over pipes."""
 
 import io
 import json
@@ -35,9 +35,10 @@ def endless(tiny_checkpoint, tmp_path_factory):
     """A checkpoint that says words and no control tokens when it is greedy: it ends no answer by itself."""
     folder = tmp_path_factory.mktemp("chat") / "endless"
     shutil.copytree(tiny_checkpoint, folder)
-    name = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["language_model.lm_head.weight"]
+    index, head = json.loads((folder / "model.safetensors.index.json").read_text()), "language_model.lm_head.weight"
+    name = index["weight_map"][head]
     weights = load_file(folder / name)
-    weights["language_model.lm_head.weight"][-256:] = 0  # some word is always likelier than nothing
+    weights[head][-256:] = 0  # some word is always likelier than nothing
     save_file(weights, folder / name, metadata={"format": "pt"})
     return folder
 
@@ -109,7 +110,8 @@ def ask(dialogue, text, reply=None, paper=None):
 
 def check_cache(dialogue, text, reply, **flags):
     """One more turn, whose first logits must be those of the whole prompt read anew."""
-    message = {"role": "user", "content": [*dialogue.waiting, {"type": "text", "text": text}] if dialogue.waiting else text}
+    content = [*dialogue.waiting, {"type": "text", "text": text}] if dialogue.waiting else text
+    message = {"role": "user", "content": content}
     answer = ask(dialogue, text, reply)
     first = dialogue.lips.logits[0]
     inputs = dialogue._inputs([*dialogue.messages[:-2], message], **{"thinking": False, **flags})
@@ -303,12 +305,13 @@ def terminal(columns: int = 40):
         os.close(master)
 
 
+CALL = {"id": "functions.add:0", "type": "function", "function": {"name": "add", "arguments": ""}}
 DELTAS = [
     {"reasoning": "Let me"},
     {"reasoning": " think."},
     {"content": "The answer"},
     {"content": " is 4."},
-    {"tool_calls": [{"index": 0, "id": "functions.add:0", "type": "function", "function": {"name": "add", "arguments": ""}}]},
+    {"tool_calls": [{"index": 0, **CALL}]},
     {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": 1}'}}]},
 ]
 
@@ -403,11 +406,11 @@ def test_lines_are_messages(converse, dialogue):
 
 
 def test_a_bad_line_ends_nothing(converse, dialogue):
-    status, out, errors = converse(
-        "/image nope.png\n", "/video\n", "/think maybe\n", "/fold\n", "/dance\n", "/clear now\n", "/\n", "Hello.\n", "/quit\n", "no"
-    )
+    bad = ("/image nope.png\n", "/video\n", "/think maybe\n", "/fold\n", "/dance\n", "/clear now\n", "/\n")
+    status, out, errors = converse(*bad, "Hello.\n", "/quit\n", "no")
     assert status == 1 and users(dialogue) == ["Hello."] and out
-    for line, start in zip(errors.splitlines(), ("nope.png: No such", "/video needs", "/think is one of on, off, keep")):
+    starts = ("nope.png: No such", "/video needs", "/think is one of on, off, keep")
+    for line, start in zip(errors.splitlines(), starts):
         assert line.startswith(f"error: {start}")
     assert errors.count("error: ") == 7 and "there is no command /dance; /help" in errors
 
@@ -451,11 +454,11 @@ def test_typed_lines_are_kept_where_asked(tmp_path):
         assert [readline.get_history_item(number) for number in (1, 2)] == ["one", "one"]
 
 
-@pytest.mark.parametrize("words", [["--max-new-tokens", "0"], ["--temperature", "nan"], ["--top-p", "1.5"], ["--think", "so"]])
+@pytest.mark.parametrize("words", ["--max-new-tokens 0", "--temperature nan", "--top-p 1.5", "--think so"])
 def test_wrong_arguments(words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
-        main(["chat", str(tmp_path), *words])
-    assert error.value.code == 2 and words[0] in capsys.readouterr().err
+        main(["chat", str(tmp_path), *words.split()])
+    assert error.value.code == 2 and words.split()[0] in capsys.readouterr().err
 
 
 def test_no_checkpoint(tmp_path, capsys):
@@ -539,7 +542,8 @@ def test_in_a_terminal(endless, tmp_path):
     session.expect("/image nowhere.png")
     session.type("\x15\x04")  # the line away, then the end of input
     assert session.end() == 0
-    assert (tmp_path / "history").read_text().splitlines()[-4:] == ["Hello.", "/think off", "Hello.", "/image nowhere.png"]
+    typed = (tmp_path / "history").read_text().splitlines()
+    assert typed[-4:] == ["Hello.", "/think off", "Hello.", "/image nowhere.png"]
 
 
 def test_over_pipes(endless):
