@@ -55,15 +55,17 @@ class Parrot:
         self.seen_pictures += 1
         return torch.zeros(int(grid_thws.prod()) // 4, 1)
 
-    def __call__(self, input_ids, past_key_values, position_ids=None, attention_mask=None, **kwargs):
+    def __call__(self, input_ids, past_key_values, position_ids=None, logits_to_keep=None, **kwargs):
         time.sleep(self.pause)
         if self.fails:
             raise RuntimeError("the parrot is asleep")
         self.steps.append(len(input_ids))
         states = input_ids[:, None, :, None].double()
         known, _ = past_key_values.update(states, states, 0)
-        places = [known.shape[2] - 1] * len(input_ids) if position_ids is None else position_ids[:, -1].tolist()
-        rows = [known[row, 0, -1 - place :, 0].long().tolist() for row, place in enumerate(places)]
+        if position_ids is None:  # a piece of a prompt, perhaps filled up
+            rows = [known[0, 0, : known.shape[2] - input_ids.shape[1] + int(logits_to_keep) + 1, 0].long().tolist()]
+        else:
+            rows = [known[row, 0, -1 - int(place) :, 0].long().tolist() for row, place in enumerate(position_ids)]
         return SimpleNamespace(logits=torch.stack([self.logits(ids) for ids in rows]).unsqueeze(1))
 
     def logits(self, ids: list[int]) -> torch.Tensor:

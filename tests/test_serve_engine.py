@@ -28,7 +28,7 @@ def model():
 @pytest.fixture
 def engine(request, model):
     """An engine that is stopped in the end; `indirect` parameters are its arguments."""
-    made = Engine(model, [EOS], **{"rows": 4, "chunk": 8, **getattr(request, "param", {})})
+    made = Engine(model, [EOS], **{"rows": 4, "chunk": 7, **getattr(request, "param", {})})
     made.start()
     yield made
     made.close(halt=True)

@@ -58,7 +58,12 @@ def run(args) -> int:
     service = load(args)
     app = create_app(service, read_keys(args))
     config = uvicorn.Config(
-        app, host=args.host, port=args.port, log_level=args.log_level, timeout_graceful_shutdown=int(args.grace) + 10
+        app,
+        host=args.host,
+        port=args.port,
+        log_level=args.log_level,
+        timeout_keep_alive=75,  # longer than clients keep idle connections, so that they close them and not we
+        timeout_graceful_shutdown=int(args.grace) + 10,
     )
     # Once it has stopped, the server raises the signal that stopped it once more: being asked to stop is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -91,7 +96,7 @@ def read_keys(args) -> tuple[str, ...]:
 def load(args):
     """The model of `args.folder`, ready to serve."""
     import torch
-    from accelerate.utils import convert_file_size_to_int
+    from accelerate.utils import convert_file_size_to_int, get_max_memory
 
     from ... import KimiK26ForConditionalGeneration, KimiK26Processor
     from ...media_kimi_k26 import MediaLimits
@@ -113,7 +118,10 @@ def load(args):
         raise CommandError(f"sizes are such as 64MiB or 2GiB: {error}") from error
     if args.threads:
         torch.set_num_threads(args.threads)
-    budgets = {"max_memory": {"cpu": args.memory} if args.memory else None, "expert_budget": args.expert_budget}
+    budgets = {"expert_budget": args.expert_budget}
+    if args.memory:  # accelerators are used as they are otherwise
+        accelerators = get_max_memory() if torch.accelerator.is_available() else {}
+        budgets["max_memory"] = {**accelerators, "cpu": args.memory}
     try:
         processor = KimiK26Processor.from_pretrained(args.folder)
         model = KimiK26ForConditionalGeneration.from_pretrained(

@@ -22,6 +22,10 @@ from .sampling import Sampled, Sampler, sample
 logger = logging.getLogger(__name__)
 
 
+# Pieces of prompts have few different lengths: for each that is new, PyTorch's libraries make and keep kernels.
+PAD_TO = 16
+
+
 class QueueFull(Exception):
     """There is no place left to wait in."""
 
@@ -294,13 +298,15 @@ class Engine:
             if len(unseen) > 1:  # one at a time, as this may take long
                 self._reading.rotate(-1)
                 return None
-        ids = torch.tensor([reading.ids[start:stop]], device=self.device)
+        # What follows is not seen by what comes before it, and its latents are written over.
+        fill = [0] * (padded(stop - start) - (stop - start))
+        ids = torch.tensor([[*reading.ids[start:stop], *fill]], device=self.device)
         logits = self.model(
             input_ids=ids,
             past_key_values=reading.cache,
             use_cache=True,
-            logits_to_keep=1,
-            **self._media(reading, clips, start, stop),
+            logits_to_keep=torch.tensor([stop - start - 1], device=self.device),
+            **self._media(reading, clips, start, start + ids.shape[1]),
         ).logits[:, -1]
         reading.cache.end_step(stop - start)
         self.counts["prompt_tokens_read"] += stop - start
@@ -324,7 +330,7 @@ class Engine:
 
     def _open_cache(self, reading: Reading) -> None:
         """A cache for the prompt, which begins with what is known of it already."""
-        reading.cache = cache = RowCache(self.layers, len(reading.ids))
+        reading.cache = cache = RowCache(self.layers, len(reading.ids) + PAD_TO)
         keys = reading.sequences[0].keys()
         running = [(sequence.prompt.keys, self._cache.row(row)) for row, sequence in enumerate(self._running)]
         length, contents = self.prefixes.find(keys[:-1], running)
@@ -337,7 +343,7 @@ class Engine:
             sequence.cached = 0 if sequence.said else length
 
     def _media(self, reading: Reading, clips: list[int], start: int, stop: int) -> dict[str, torch.Tensor]:
-        """Features of these clips, and which of them stands where among the tokens `start` to `stop`."""
+        """Features of these clips, and which of them stands where among the tokens from `start` to `stop`."""
         if not clips:
             return {}
         index = torch.full((1, stop - start), -1)
@@ -402,8 +408,8 @@ class Engine:
                 full = full or len(sequence.prompt.ids) + len(sequence.said) >= self.cache_tokens
                 reason = reason or ("length" if full else None)
             if reason is not None:
-                sequence.reply.end(reason)
                 self._leave(row, keep=True)
+                sequence.reply.end(reason)
 
     def _leave(self, row: int, keep: bool = False, wipe: bool = False) -> None:
         """A row is given up; with `keep` its latents stay known. The last row takes its place."""
@@ -414,6 +420,11 @@ class Engine:
         self._cache.remove_row(row, wipe)
         self._running[row] = self._running[-1]
         self._running.pop()
+
+
+def padded(tokens: int) -> int:
+    """A length that so many tokens are filled up to, one of a few."""
+    return -(-tokens // PAD_TO) * PAD_TO if tokens > PAD_TO else 1 << (tokens - 1).bit_length()
 
 
 def prompt_keys(ids: list[int], clips: list[Clip], digests: list[int]) -> np.ndarray:

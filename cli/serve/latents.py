@@ -120,9 +120,12 @@ class RowCache(Cache):
         return positions, columns >= self.longest - positions
 
     def end_step(self, tokens: int = 1) -> None:
-        """Every row has grown by so many tokens."""
+        """Every row has grown by so many tokens; more that were written are forgotten."""
         self.lengths = [length + tokens for length in self.lengths]
         self.end += tokens
+        for layer in self.layers:
+            if layer.is_initialized and layer.keys.shape[2] != self.longest:
+                layer.look()
 
     def _move(self, rows: int, end: int) -> None:
         """To new buffers for so many rows that end at column `end`, with some to spare."""

@@ -78,7 +78,7 @@ Content = either(str, list[ContentPart], list)
 
 class CalledFunction(Part):
     name: str
-    arguments: Union[str, dict[str, Any]] = "{}"
+    arguments: Union[str, dict[str, Any], None] = None
 
 
 class ToolCall(Part):
