@@ -4,7 +4,7 @@ import ctypes
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, cycle
 
 import torch
 from torch import nn
@@ -15,11 +15,13 @@ from .configuration_kimi_k26 import KimiK26TextConfig
 from .native_kimi_k26 import INPUTS, FeedForward, NativeAddresses, is_plain, library, weighted_experts
 from .parallel_kimi_k26 import Peers
 from .quantization_kimi_k26 import CpuInt4, KeepDtype, KimiK26Int4Linear, int4_linear
+from .triton_kimi_k26 import ExpertTable, grouped_experts, has_kernels, table_for
 
 
 # Up to this many rows the CPU's INT4 product is faster than unpacking the words and multiplying.
 FEW_ROWS = 48
 ROWS_AT_ONCE = 4096  # by the native kernels, which hold what is inside of the experts for all of them
+CHECKED_ROWS = 64  # from so many on, looking at every expert takes little beside computing them
 ALIGNMENT = 16  # bytes, of the tensors inside one piece of memory: the widest loads of a kernel
 
 
@@ -166,6 +168,11 @@ class ExpertStore:
     def keeps(self, key) -> bool:
         return key in self._kept
 
+    def held(self, key, stamp):
+        """The layout under `key`, or `None`, as [`get`] would find it; does not count as use."""
+        found = self._kept.get(key)
+        return found[1] if found is not None and found[0] == stamp else None
+
     def _drop(self, key):
         layout = self._kept.pop(key)[1]
         self.bytes_held -= layout.nbytes
@@ -243,8 +250,12 @@ class DeviceExpert(Layout):
             return there.copy_(part, non_blocking=True)
 
         self.weights = [[send(part) for part in each] for each in parts]
+        self.table = table_for(device, [[part for each in self.weights for part in each]])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is not None and self.table.serves(x):
+            weights = x.new_ones(len(x), 1, dtype=torch.float32)
+            return grouped_experts(x, weights, torch.zeros_like(weights, dtype=torch.int64), self.table)
         gate, up, down = self.weights
         return self.linear(F.silu(self.linear(x, *gate)) * self.linear(x, *up), *down)
 
@@ -304,6 +315,17 @@ class Routing:
         return order // self.chosen.shape[1], self.weights.flatten()[order].unsqueeze(-1)
 
 
+def weights_of(expert: nn.Module) -> list[torch.Tensor] | None:
+    """Words and scales, or plain weights, of gate, up and down; `None` if an expert has hooks or adapters besides."""
+    tensors = []
+    for projection in expert._modules.values():
+        if not is_plain(projection) or type(projection) not in (nn.Linear, KimiK26Int4Linear):
+            return None
+        names = ("weight_packed", "weight_scale") if type(projection) is KimiK26Int4Linear else ("weight",)
+        tensors += [projection._parameters[name] for name in names]
+    return tensors if is_plain(expert) else None
+
+
 class AbsentExpert(nn.Module):
     """In the place of an expert that another process has."""
 
@@ -328,6 +350,10 @@ class KimiK26Experts(nn.ModuleList):
         # Which experts compute where: (device, their numbers); `None` is wherever the tokens are.
         self.shares: list[tuple[torch.device | None, Collection[int]]] = [(None, range(len(self)))]
         self.peers: Peers | None = None  # the processes that have the experts, where those are several
+        self.tables: dict[torch.device, tuple] = {}  # see `table`
+
+    def __getstate__(self):
+        return self.__dict__ | {"tables": {}}  # a copy's experts lie elsewhere
 
     def split(self, peers: Peers):
         """Keep the experts of this process alone."""
@@ -374,6 +400,9 @@ class KimiK26Experts(nn.ModuleList):
         dtype = at_least_float32(x.dtype)
         if (by_kernels := self.native_share(numbers, x, routing)) is not None:
             return by_kernels.to(dtype)
+        table = None if torch.is_grad_enabled() else self.table(numbers, x.device, thorough=len(x) >= CHECKED_ROWS)
+        if table is not None and table.serves(x):
+            return grouped_experts(x, routing.weights, routing.chosen, table, dtype)
         if x.shape[0] == 1:
             places = [place for place, number in enumerate(routing.picked[0]) if number in numbers]
             if not places:
@@ -423,10 +452,14 @@ class KimiK26Experts(nn.ModuleList):
     def fetch(self, number: int, device: torch.device) -> DeviceExpert:
         """An expert's weights, which are in main memory, on an accelerator: from the store there."""
         expert = self[number]
+        return self.store.on(device).get((id(self), number), self._stamp(expert), lambda: self._send(expert, device))
+
+    @staticmethod
+    def _stamp(expert: KimiK26MLP) -> tuple:
+        """Where an expert's weights lie and how often they have been written to."""
         name = "weight_packed" if type(expert.gate_proj) is KimiK26Int4Linear else "weight"
         weights = (expert.gate_proj._parameters[name], expert.up_proj._parameters[name], expert.down_proj._parameters[name])
-        stamp = tuple((weight.data_ptr(), weight._version) for weight in weights)
-        return self.store.on(device).get((id(self), number), stamp, lambda: self._send(expert, device))
+        return tuple((weight.data_ptr(), weight._version) for weight in weights)
 
     def _send(self, expert: KimiK26MLP, device: torch.device) -> DeviceExpert:
         sent = DeviceExpert(expert, device)
@@ -443,6 +476,38 @@ class KimiK26Experts(nn.ModuleList):
         for number in numbers:
             if not held.keeps((id(self), number)):
                 read_ahead(self[number])
+
+    def table(self, numbers: Collection[int], device: torch.device, thorough: bool) -> ExpertTable | None:
+        """Where a GPU's kernels find the experts `numbers`; `None` where it has no kernels or does not hold them all.
+
+        When that is `thorough`, it is looked for at every expert whether something has changed, else at one, each at its
+        turn: what is done to all is seen at once.
+        """
+        table, known, misses, turn = self.tables.get(device, (None, None, None, None))
+        if torch.compiler.is_compiling():  # a graph keeps to the table that it has met
+            return table
+        if not has_kernels(device) or known is numbers and table is None and not thorough:
+            return None
+        now = self.store.on(device).misses
+        if table is not None and known is numbers and misses == now:
+            asked = numbers if thorough else (next(turn),)
+            if all(table.lists(number, self.weights_on(number, device)) for number in asked):
+                return table
+        weights = {number: self.weights_on(number, device) for number in numbers}
+        table = None
+        if None not in weights.values():
+            table = table_for(device, (weights.get(number) for number in range(len(self))))
+        self.tables[device] = table, numbers, now, cycle(numbers)
+        return table
+
+    def weights_on(self, number: int, device: torch.device) -> list[torch.Tensor] | None:
+        """An expert's weights on a device, its own or what the store there holds; `None` if there are none to read."""
+        expert = self._modules[str(number)]
+        weights = weights_of(expert)
+        if weights is None or weights[0].device == device:
+            return weights
+        held = self.store.on(device).held((id(self), number), self._stamp(expert))
+        return None if held is None else [part for parts in held.weights for part in parts]
 
     def native_share(self, numbers: Collection[int], x: torch.Tensor, routing: Routing) -> torch.Tensor | None:
         """What [`share`] gives, in bfloat16, by the CPU's native kernels; `None` where they cannot compute it."""
@@ -466,18 +531,11 @@ class KimiK26Experts(nn.ModuleList):
     def native(self, number: int) -> NativeExpert | None:
         """An expert for the native kernels, from the store; `None` where it has adapters or hooks, or lies elsewhere."""
         expert = self._modules[str(number)]
-        tensors, stamp = [], []
-        for projection in expert._modules.values():
-            if not is_plain(projection) or type(projection) not in (nn.Linear, KimiK26Int4Linear):
-                return None
-            names = ("weight_packed", "weight_scale") if type(projection) is KimiK26Int4Linear else ("weight",)
-            for name in names:
-                tensor = projection._parameters[name]
-                tensors.append(tensor)
-                stamp.append(tensor.data_ptr())
-        if not is_plain(expert):
+        tensors = weights_of(expert)
+        if tensors is None:
             return None
-        held = self.store.get((id(self), number), tuple(stamp), lambda: NativeExpert(expert, tensors))
+        stamp = tuple(tensor.data_ptr() for tensor in tensors)
+        held = self.store.get((id(self), number), stamp, lambda: NativeExpert(expert, tensors))
         return held if held.usable else None
 
     def let_go(self, numbers: Iterable[int]):

@@ -1,6 +1,7 @@
 """What all tests share. Runs before any library is imported."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = _HOME.name
 os.environ["HF_MODULES_CACHE"] = os.path.join(_HOME.name, "modules")
 os.environ.pop("TRANSFORMERS_CACHE", None)
+# Without a GPU, triton's kernels run on its interpreter; it looks here when it is first imported.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ["TRITON_INTERPRET"] = "1"
+# A process that a script starts in the background inherits that it ignores Ctrl-C; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
