@@ -18,6 +18,8 @@ def machine(results: dict) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     load = f"load {results['load_before']:.1f} before and {results['load_after']:.1f} after"
     lines = [f"{results['processor']}, {results['device']}, {results['threads']} threads, {load}; {versions}"]
+    if results["load_before"] > 0.5:
+        lines.append("NOTE: other work was running here before this began; times taken beside it mean little")
     if "machine" in results:
         speeds = results["machine"]
         gigabytes, gigaflops = speeds["bandwidth"] / 1e9, speeds["flops"] / 1e9
