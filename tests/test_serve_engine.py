@@ -28,7 +28,7 @@ def model():
 @pytest.fixture
 def engine(request, model):
     """An engine that is stopped in the end; `indirect` parameters are its arguments."""
-    made = Engine(model, [EOS], **{"rows": 4, "chunk": 7, **getattr(request, "param", {})})
+    made = Engine(model, **{"end_ids": [EOS], "rows": 4, "chunk": 7, **getattr(request, "param", {})})
     made.start()
     yield made
     made.close(halt=True)
@@ -167,6 +167,7 @@ def test_a_seed_means_the_same_in_company(engine):
         other.wait()
 
 
+@pytest.mark.parametrize("engine", [{"end_ids": []}], indirect=True)
 def test_a_long_prompt_does_not_stop_others(engine):
     _, talking = ask(engine, words(4, seed=9), 10_000, seconds=20)
     while len(talking.tokens) < 3:
@@ -250,7 +251,7 @@ def test_pictures(engine, model):
 # -- trouble ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", [{"rows": 1, "queue": 2}], indirect=True)
+@pytest.mark.parametrize("engine", [{"rows": 1, "queue": 2, "end_ids": []}], indirect=True)  # nothing ends by itself
 def test_a_full_queue_and_time_that_is_over(engine):
     _, running = ask(engine, words(4), 10_000, seconds=1.0)
     while not running.tokens:
@@ -273,7 +274,7 @@ def test_stopping(model):
     with pytest.raises(Stopped):
         ask(engine, words(6), 5)
     assert engine.join(10) and short.ending == waits.ending == "length"
-    engine = Engine(model, [EOS], rows=1)
+    engine = Engine(model, [], rows=1)
     engine.start()
     asked = [ask(engine, words(n), 100_000)[1] for n in (4, 5)]
     while not asked[0].tokens:
