@@ -185,7 +185,8 @@ def _down_few(
     out = tl.program_id(0) * outputs + tl.arange(0, outputs)
     outs = tl.minimum(out, width - 1)
     added = tl.zeros((outputs, block), tl.float32)
-    for pair in range(token * top_k, (token + 1) * top_k):
+    for choice in range(top_k):
+        pair = token * top_k + choice
         expert = tl.load(chosen + pair)
         if tl.load(table + expert * 6) != 0:
             weights, scales = _lies(table, expert, 2, kind, aligned)
@@ -349,9 +350,10 @@ def _add_choices(
     weighted = tl.zeros((block,), tl.float32)
     outs_of_pairs += token.to(tl.int64) * (top_k * width)
     for choice in range(top_k):
-        there = tl.load(table + tl.load(chosen + token * top_k + choice) * 6) != 0
-        part = tl.load(outs_of_pairs + choice * width + out, mask=there & (out < width), other=0)
-        weighted += tl.load(factors + token * top_k + choice) * part.to(tl.float32)
+        pair = token * top_k + choice
+        if tl.load(table + tl.load(chosen + pair) * 6) != 0:
+            part = tl.load(outs_of_pairs + choice * width + out, mask=out < width, other=0)
+            weighted += tl.load(factors + pair) * part.to(tl.float32)
     tl.store(total + token * width + out, weighted.to(total.dtype.element_ty), mask=out < width)
 
 
