@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint goes")
     parser.add_argument("--minutes", type=float, default=115, help="end after so many minutes at the latest (%(default)s)")
-    parser.add_argument("--steps", type=int, default=6000, help="end after so many steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=7500, help="end after so many steps (%(default)s)")
     parser.add_argument("--seeing", type=int, default=1500, help="of them first so many of seeing alone (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from DIR-training.pt")

@@ -272,14 +272,15 @@ def which_picture(rng: Random) -> Case:
     halves = [ordered(kinds[: counts[0]]), ordered(kinds[counts[0] :])]
     side = rng.randint(0, 1)
     named = rng.choice(halves[side])
-    chinese, thinking = rng.random() < 0.25, rng.random() < 0.5
+    chinese, thinking = rng.random() < 0.25, rng.random() < 0.7
     scenes = [random_scene(rng, rng.sample(half, len(half))) for half in halves]
     figure = _kind_words(named, chinese, the=True)
     if not chinese and rng.random() < 0.3:
         figure = _kind_words(named, chinese)
     question = rng.choice(WHICH_QUESTIONS_ZH if chinese else WHICH_QUESTIONS).format(figure)
-    # First the figure asked for, then each one seen with the number of its picture: the answer stands beside it.
-    noted = [(kind, number) for number, half in enumerate(halves, 1) for kind in half]
+    # First the figure asked for, then all that is seen, in the order of `ordered` as if it were one picture, each with
+    # the number of its picture: so naming helps here, and the answer stands beside the figure.
+    noted = [(kind, 1 + (kind in halves[1])) for kind in ordered(kinds)]
     if chinese:
         thought = "，".join(f"{CHINESE[c]}{CHINESE[s]}{number}" for (c, s), number in noted)
         asked = CHINESE[named[0]] + CHINESE[named[1]]
@@ -588,15 +589,15 @@ def ignore_tools(rng: Random) -> Case:
 
 # Maker of a dialogue, and its share of the training data. What asks for most learning has most.
 MIX: tuple[tuple[Callable[[Random], Case], float], ...] = (
-    (name_figures, 17),
-    (count_figures, 14),
-    (which_picture, 12),
-    (which_way, 7),
-    (which_second, 11),
+    (name_figures, 15),
+    (count_figures, 10),
+    (which_picture, 16),
+    (which_way, 5),
+    (which_second, 8),
     (describe_film, 2),
-    (which_is_bigger, 16),
+    (which_is_bigger, 18),
     (kept_thinking, 5),
-    (use_tool, 20),
+    (use_tool, 22),
     (ignore_tools, 1),
     (repeat, 1),
     (small_talk, 1.5),
@@ -607,7 +608,7 @@ MIX: tuple[tuple[Callable[[Random], Case], float], ...] = (
 EASY_MIX: tuple[tuple[Callable[[Random], Case], float], ...] = (
     (name_figures, 22),
     (count_figures, 6),
-    (which_picture, 4),
+    (which_picture, 8),
     (which_way, 4),
     (which_second, 4),
     (which_is_bigger, 14),
