@@ -398,6 +398,12 @@ class KimiK26ImageProcessor(BaseImageProcessor):
         config = self.media_config(**overrides)
         return config.tokens(config.fit_image(width, height))
 
+    def media_tokens_calculator(self, media: dict[str, Any]) -> int:
+        """Media tokens of `{"type": "image", "image": picture}`, in any form `load_image` takes. The published name and
+        form, in which other engines ask. Raises `MediaError`, and `ValueError` for anything but a picture."""
+        picture = load_image(picture_of(media, "media"), self.media_limits)
+        return self.get_num_image_tokens(picture.height, picture.width)
+
     def get_num_video_tokens(self, height: int, width: int, num_frames: int, fps: float, **overrides) -> int:
         """Media tokens of a video: the `<|media_pad|>` of all its clips, without the text around them (time stamps and
         markers). `num_frames` is the number of frames in the video and `fps` their rate, before any are chosen."""
@@ -471,6 +477,13 @@ class located:
         if isinstance(error, MediaError):
             raise MediaError(f"{self.place}: {error}") from error
         return False
+
+
+def picture_of(media: Any, place: str) -> Any:
+    """The picture in `{"type": "image", "image": picture}`. Raises `ValueError` naming `place`."""
+    if not (isinstance(media, Mapping) and media.get("type") == "image" and media.get("image") is not None):
+        raise ValueError(f"{place} must be {{'type': 'image', 'image': picture}}, got {media!r:.100}")
+    return media["image"]
 
 
 def spread_fps(fps: Union[float, list, None], videos: list[Any]) -> list[Optional[float]]:

@@ -25,6 +25,7 @@ from .image_processing_kimi_k26 import (
     join,
     located,
     nest,
+    picture_of,
     spread_fps,
 )
 from .response_kimi import parse_response
@@ -86,6 +87,11 @@ class KimiK26Processor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(MEDIA_PAD)
 
     @property
+    def media_processor(self) -> KimiK26ImageProcessor:
+        """The image processor, by its published name."""
+        return self.image_processor
+
+    @property
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
@@ -98,6 +104,7 @@ class KimiK26Processor(ProcessorMixin):
         videos: Any = None,
         audio: None = None,
         return_tensors: Optional[str] = None,
+        medias: Optional[list[dict[str, Any]]] = None,
         **kwargs,
     ) -> BatchFeature:
         """Text with placeholders, and the pictures and videos they stand for.
@@ -107,6 +114,9 @@ class KimiK26Processor(ProcessorMixin):
             text: one prompt or several. Without media it is passed on as it is, placeholders and all.
             videos: as `images`, in any form `media_kimi_k26.read_video` takes.
             return_tensors: "pt", "np" or None (lists of ids; `pixel_values` and `grid_thws` are tensors all the same).
+            medias: pictures in the published form, `{"type": "image", "image": picture}`, as other engines give them:
+                the text holds `<|media_pad|>` once per token already and is taken as it is. `device`, which they give
+                too, is where `pixel_values` will be.
             kwargs: `fps` (rate of decoded frames, one or one per video; `video_metadata` of the library also serves),
                 `padding` (default: only where several texts become one tensor), `truncation`, `max_length` and other
                 arguments of the tokenizer, values of `media_proc_cfg` and `media_limits` for this call; also grouped
@@ -127,6 +137,10 @@ class KimiK26Processor(ProcessorMixin):
                 raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
         texts = None if text is None else [text] if isinstance(text, str) else list(text)
 
+        if medias is not None:
+            if text is None or images is not None or videos is not None:
+                raise ValueError("medias go with text, and without images and videos")
+            return self._as_published(texts, medias, kwargs, return_tensors)
         options = self._sort_options(kwargs)
         pictures, picture_counts = nest(images, is_image, len(texts or ()))
         films, film_counts = nest(videos, is_video, len(texts or ()))
@@ -136,6 +150,20 @@ class KimiK26Processor(ProcessorMixin):
         counts = {"image": picture_counts, "video": film_counts}
         prompts = None if texts is None else [RenderedChat(one) for one in texts]
         return self._build(prompts, items, counts, options, return_tensors)
+
+    def _as_published(self, texts, medias, kwargs, return_tensors) -> BatchFeature:
+        """Texts as they are, and pictures, in the published form. `kwargs` of the call."""
+        device = kwargs.pop("device", None)
+        options = self._sort_options(kwargs)
+        encoded = []
+        for at, media in enumerate(medias):
+            place = f"medias[{at}]"
+            encoded.append(self._encode(MediaItem("image", picture_of(media, place), None, place), options))
+        data = self._tokenize([RenderedChat(one) for one in texts], None, options, return_tensors)
+        if encoded:
+            data.update(join(encoded))
+            data["pixel_values"] = data["pixel_values"].to(device)
+        return BatchFeature(data, tensor_type=return_tensors)
 
     def _build(self, chats, items, counts, options, return_tensors) -> BatchFeature:
         """Media items and prompts to one batch. `counts`: items per prompt by kind, where the caller said it."""

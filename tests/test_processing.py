@@ -325,6 +325,30 @@ def test_counters(processor):
     assert counted["num_video_tokens"] == [12]
 
 
+def test_what_other_engines_ask_for(processor):
+    """They count the tokens of pictures, write as many pads into the prompt themselves, and give both."""
+    assert processor.media_processor is processor.image_processor
+    counts = [processor.media_processor.media_tokens_calculator({"type": "image", "image": one}) for one in (SMALL, WIDE)]
+    assert counts == [4, 12]
+    prompt, medias = f"a {IMAGE} b {IMAGE}", [{"type": "image", "image": one} for one in (SMALL, WIDE)]
+    ours = processor(images=[SMALL, WIDE], text=prompt, return_tensors="pt")
+    first, second, last = prompt.split(MEDIA_PAD)
+    prompt = first + MEDIA_PAD * 4 + second + MEDIA_PAD * 12 + last
+    theirs = processor(text=[prompt], medias=medias, padding=True, return_tensors="pt", device="cpu")
+    assert set(theirs) == set(ours) and all(torch.equal(theirs[key], ours[key]) for key in ours)
+    assert set(processor(text="a", medias=[])) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("media", [SMALL, {"type": "video", "video": "a"}, {"type": "image"}])
+def test_medias_of_another_form(processor, media):
+    with pytest.raises(ValueError, match="'type': 'image'"):
+        processor.media_processor.media_tokens_calculator(media)
+    with pytest.raises(ValueError, match=r"medias\[0\]"):
+        processor(text=MEDIA_PAD, medias=[media])
+    with pytest.raises(ValueError, match="without images"):
+        processor(text=MEDIA_PAD, images=SMALL, medias=[{"type": "image", "image": SMALL}])
+
+
 def test_what_the_library_asks_for(processor):
     assert isinstance(processor, ProcessorMixin)
     assert processor.model_input_names == ["input_ids", "attention_mask", "pixel_values", "grid_thws"]
