@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from . import CommandError
 from .dialogue import THINKING, TOP_P, ChatError, Dialogue, Settings
+from .loading import add_options, load_checkpoint, positive
 
 try:
     import readline  # gives `input` its history and editing
@@ -329,12 +329,6 @@ def editing(history: Path | None):
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a positive whole number is needed, not {text!r}")
-    return int(text)
-
-
 def between(low: float, high: float):
     def number(text: str) -> float:
         try:
@@ -359,11 +353,7 @@ def add_arguments(parser) -> None:
     group.add_argument("--temperature", type=between(0, 100), metavar="T", help="0 is greedy; 1.0, 0.6 without thinking")
     group.add_argument("--top-p", type=between(1e-6, 1), default=TOP_P, metavar="P", help="(%(default)s)")
     group.add_argument("--seed", type=int, help="of what is sampled")
-    group = parser.add_argument_group("the model")
-    group.add_argument("--dtype", default="auto", help="of plain weights: auto (the checkpoint's), bfloat16, float32")
-    group.add_argument("--memory", metavar="SIZE", help="main memory for weights, such as 48GiB")
-    group.add_argument("--expert-budget", metavar="SIZE", help="memory for prepared experts")
-    group.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
+    add_options(parser)
 
 
 def run(args) -> int:
@@ -387,27 +377,11 @@ def load(args) -> Dialogue:
     import torch
     from transformers import logging
 
-    from .. import KimiK26ForConditionalGeneration, KimiK26Processor
-
-    if not args.folder.is_dir():
-        raise CommandError(f"{args.folder} is not a folder")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    budgets = {"max_memory": {"cpu": args.memory} if args.memory else None, "expert_budget": args.expert_budget}
-    try:
-        processor = KimiK26Processor.from_pretrained(args.folder)
-        model = KimiK26ForConditionalGeneration.from_pretrained(
-            args.folder,
-            dtype=args.dtype,
-            device_map="auto",
-            **{key: value for key, value in budgets.items() if value is not None},
-        ).eval()
-    except (ValueError, AttributeError) as error:  # AttributeError: a dtype that PyTorch has not
-        raise CommandError(f"{args.folder} cannot be loaded: {error}") from error
+    processor, model = load_checkpoint(args.folder, args.dtype, args.memory, args.expert_budget, args.threads)
     settings = Settings(args.max_new_tokens, args.temperature, args.top_p)
     return Dialogue(model, processor, settings, args.system, args.think)

@@ -7,8 +7,6 @@ import re
 import time
 from pathlib import Path
 
-from . import CommandError
-
 TRAINED = Path(__file__).resolve().parents[1] / "examples" / "kimi-k26-tiny"
 NEW_TOKENS = 24
 WIDTH = 96
@@ -64,8 +62,6 @@ def run(args) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = args.folder or (TRAINED if TRAINED.is_dir() else None)
-    if folder is not None and not folder.is_dir():
-        raise CommandError(f"{folder} is not a folder")
     try:
         if args.random or folder is None:
             show(args.out)

@@ -18,7 +18,7 @@ import av
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import KimiK26ForConditionalGeneration, KimiK26Processor
+from .loading import load_checkpoint
 
 NEW_TOKENS = 1024
 WIDTH = 96  # characters of a line
@@ -265,8 +265,7 @@ class Speaker:
     """
 
     def __init__(self, folder: Path):
-        self.processor = KimiK26Processor.from_pretrained(folder)
-        self.model = KimiK26ForConditionalGeneration.from_pretrained(folder, device_map="auto").eval()
+        self.processor, self.model = load_checkpoint(folder)
 
     def reply(self, messages: list[dict], tools: list[dict] | None, **flags) -> Turn:
         start = time.perf_counter()

@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 from .. import CommandError
+from ..loading import add_options, load_checkpoint
 
 
 def add_arguments(parser) -> None:
@@ -20,11 +21,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--model-name", action="append", metavar="NAME", help="as clients call it; the folder's name")
     parser.add_argument("--api-key", action="append", default=[], metavar="KEY", help="ask clients for it")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line: other users see no file")
-    group = parser.add_argument_group("the model")
-    group.add_argument("--dtype", default="auto", help="of plain weights: auto (the checkpoint's), bfloat16, float32")
-    group.add_argument("--memory", metavar="SIZE", help="main memory for weights, such as 48GiB")
-    group.add_argument("--expert-budget", metavar="SIZE", help="memory for prepared experts")
-    group.add_argument("--threads", type=int, help="of PyTorch on a CPU")
+    add_options(parser)
     group = parser.add_argument_group("how many at once")
     group.add_argument("--max-running", type=int, default=16, help="replies decoded together (%(default)s)")
     group.add_argument("--max-waiting", type=int, default=64, help="replies in the queue; more answer 429 (%(default)s)")
@@ -96,17 +93,14 @@ def read_keys(args) -> tuple[str, ...]:
 def load(args):
     """The model of `args.folder`, ready to serve."""
     import torch
-    from accelerate.utils import convert_file_size_to_int, get_max_memory
+    from accelerate.utils import convert_file_size_to_int
 
-    from ... import KimiK26ForConditionalGeneration, KimiK26Processor
     from ...media_kimi_k26 import MediaLimits
     from .engine import Engine
     from .media import MediaPolicy
     from .service import Limits, Service
 
-    if not args.folder.is_dir():
-        raise CommandError(f"{args.folder} is not a folder")
-    for name in ("max_running", "max_waiting", "prefill_chunk", "max_length", "default_tokens", "threads"):
+    for name in ("max_running", "max_waiting", "prefill_chunk", "max_length", "default_tokens"):
         value = getattr(args, name)
         if value is not None and value < (0 if name == "max_waiting" else 1):
             raise CommandError(f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -116,22 +110,7 @@ def load(args):
         request_memory = args.request_memory and convert_file_size_to_int(args.request_memory)
     except ValueError as error:
         raise CommandError(f"sizes are such as 64MiB or 2GiB: {error}") from error
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    budgets = {"expert_budget": args.expert_budget}
-    if args.memory:  # accelerators are used as they are otherwise
-        accelerators = get_max_memory() if torch.accelerator.is_available() else {}
-        budgets["max_memory"] = {**accelerators, "cpu": args.memory}
-    try:
-        processor = KimiK26Processor.from_pretrained(args.folder)
-        model = KimiK26ForConditionalGeneration.from_pretrained(
-            args.folder,
-            dtype=args.dtype,
-            device_map="auto",
-            **{key: value for key, value in budgets.items() if value is not None},
-        ).eval()
-    except (ValueError, OSError) as error:
-        raise CommandError(f"{args.folder} cannot be loaded: {error}") from error
+    processor, model = load_checkpoint(args.folder, args.dtype, args.memory, args.expert_budget, args.threads)
     text = model.config.text_config
     token_bytes = text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim) * model.dtype.itemsize
     tokens = max(1, int(cache_memory or free_memory(model.device) / 5) // token_bytes)

@@ -1,0 +1,71 @@
+"""What commands load: the options for it, and the processor and model of a checkpoint."""
+
+import argparse
+from pathlib import Path
+
+from . import CommandError
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number is needed, not {text!r}")
+    return int(text)
+
+
+def add_options(parser) -> None:
+    """The options of `load_checkpoint`, by its names."""
+    group = parser.add_argument_group("the model")
+    group.add_argument("--dtype", default="auto", help="of plain weights: auto (the checkpoint's), bfloat16, float32")
+    group.add_argument("--memory", metavar="SIZE", help="main memory for weights, such as 48GiB")
+    group.add_argument("--expert-budget", metavar="SIZE", help="memory for prepared experts")
+    group.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
+
+
+def load_checkpoint(
+    folder: Path,
+    dtype: str = "auto",
+    memory: str | None = None,
+    expert_budget: str | None = None,
+    threads: int | None = None,
+):
+    """Processor and model of a checkpoint, on the accelerators there are, else on the CPU.
+
+    Args:
+        folder: with this project's code attached or not.
+        dtype: of plain weights, by its name in PyTorch; `"auto"` is the checkpoint's own.
+        memory: main memory for weights, such as `"48GiB"`; accelerators are used whatever it is.
+        expert_budget: memory for prepared experts.
+        threads: of PyTorch on a CPU.
+
+    Returns:
+        `(KimiK26Processor, KimiK26ForConditionalGeneration)`.
+
+    Raises:
+        CommandError: naming the folder and what is wrong with it or with an option.
+    """
+    import torch
+    from accelerate.utils import get_max_memory
+
+    from .. import KimiK26ForConditionalGeneration, KimiK26Processor
+    from ..placement_kimi_k26 import FREE_ON_ACCELERATORS
+
+    if not folder.is_dir():
+        raise CommandError(f"{folder} is not a folder")
+    if threads:
+        torch.set_num_threads(threads)
+    budgets = {"expert_budget": expert_budget}
+    if memory:  # devices that are not named beside it would not be used
+        free = get_max_memory() if torch.accelerator.is_available() else {}
+        budgets["max_memory"] = {device: int(amount * FREE_ON_ACCELERATORS) for device, amount in free.items()}
+        budgets["max_memory"]["cpu"] = memory
+    try:
+        processor = KimiK26Processor.from_pretrained(folder)
+        model = KimiK26ForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map="auto",
+            **{key: value for key, value in budgets.items() if value is not None},
+        ).eval()
+    except (ValueError, AttributeError, OSError) as error:  # AttributeError: a dtype that PyTorch has not
+        raise CommandError(f"{folder} cannot be loaded: {error}") from error
+    return processor, model

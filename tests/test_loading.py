@@ -1,0 +1,60 @@
+"""What commands load: one function, whichever of them asks."""
+
+import importlib
+
+import pytest
+import torch
+from accelerate import utils
+
+from kimi_k26 import KimiK26ForConditionalGeneration
+from kimi_k26.cli import CommandError, loading, main
+
+
+def test_a_checkpoint_is_loaded(tiny_checkpoint):
+    processor, model = loading.load_checkpoint(tiny_checkpoint, "float32", "64MiB", "1MiB")
+    assert len(processor.tokenizer) == model.config.text_config.vocab_size
+    assert model.dtype == torch.float32 and not model.training and model.expert_store.budget == 2**20
+
+
+@pytest.mark.parametrize("gpus, wanted", [({}, {"cpu": "9GiB"}), ({0: 1000, 1: 2000}, {0: 900, 1: 1800, "cpu": "9GiB"})])
+def test_memory_bounds_main_memory_and_leaves_the_accelerators_in_use(tiny_checkpoint, monkeypatch, gpus, wanted):
+    given = []
+
+    def from_pretrained(folder, **kwargs):
+        given.append(kwargs)
+        return torch.nn.Module()
+
+    monkeypatch.setattr(KimiK26ForConditionalGeneration, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: bool(gpus))
+    monkeypatch.setattr(utils, "get_max_memory", lambda: {**gpus, "cpu": 10**9})
+    loading.load_checkpoint(tiny_checkpoint, memory="9GiB")
+    loading.load_checkpoint(tiny_checkpoint)
+    assert given == [
+        {"dtype": "auto", "device_map": "auto", "max_memory": wanted},
+        {"dtype": "auto", "device_map": "auto"},
+    ]
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float99"}, {"memory": "much"}, {"expert_budget": "some"}])
+def test_what_a_model_does_not_take(tiny_checkpoint, options):
+    with pytest.raises(CommandError, match="cannot be loaded: "):
+        loading.load_checkpoint(tiny_checkpoint, **options)
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_commands_hand_on_their_options(command, tmp_path, monkeypatch, capsys):
+    if command == "serve":
+        pytest.importorskip("fastapi", reason="the server takes the extra `serve`")
+    asked = []
+
+    def load_checkpoint(*options):
+        asked.append(options)
+        raise CommandError("enough")
+
+    monkeypatch.setattr(importlib.import_module(f"kimi_k26.cli.{command}"), "load_checkpoint", load_checkpoint)
+    words = ["--dtype", "float32", "--memory", "9GiB", "--expert-budget", "2GiB", "--threads", "3"]
+    assert main([command, str(tmp_path), *words]) == 1 and "enough" in capsys.readouterr().err
+    assert asked == [(tmp_path, "float32", "9GiB", "2GiB", 3)]
+    with pytest.raises(SystemExit):
+        main([command, str(tmp_path), "--threads", "0"])
+    assert "--threads" in capsys.readouterr().err
