@@ -1,8 +1,9 @@
 """`kimi-k26 attach FOLDER`: a downloaded checkpoint folder gets this project's code, and `--undo` takes it out again.
 
 The flat code files are copied into the folder and `auto_map` in its JSON files points at them. Nothing else changes:
-`model_type` and `architectures` stay, so other engines still serve the folder. What was replaced is kept in a hidden
-sub-folder, from which `--undo` restores it. Either all files change or none does (`switch.py`).
+`model_type` and `architectures` stay, and the processor has the names by which other engines ask the published one, so
+that they should still serve the folder (`docs/serving.md` says what of it was tried). What was replaced is kept in a
+hidden sub-folder, from which `--undo` restores it. Either all files change or none does (`switch.py`).
 """
 
 import ast
