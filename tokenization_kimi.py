@@ -81,9 +81,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         if clash or len(specials) < SPECIAL_ID_COUNT:
             raise ValueError(f"special tokens must differ from each other and from the vocabulary; see {clash or added}")
         self._encoding = tiktoken.Encoding("kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
-        by_rank = sorted(ranks, key=ranks.__getitem__)
-        self._tokens = [printable(token) for token in by_rank] + list(specials)
-        self._token_ids = {token: index for index, token in enumerate(self._tokens)}
+        self._tokens = [*map(printable, ranks), *specials]
+        self._token_ids = dict(zip(self._tokens, range(len(self._tokens))))
 
         # The library lists the special tokens twice: here, and by flag in added_tokens_decoder. Version 5 renamed the
         # list; it is kept under the old name, which both read.
@@ -228,8 +227,11 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return frozenset(written.union(self._encoding._special_tokens, (t.content for t in added if t.special)))
 
     def _text_ids(self, text: str, plain: bool, control: ControlText | None) -> list[int]:
-        segments = [ids for ids, _, _ in self._segments(text, plain, control)]
-        return segments[0] if len(segments) == 1 else [index for ids in segments for index in ids]
+        segments = self._segments(text, plain, control)
+        all_ids = next(segments, ([],))[0]
+        for ids, _, _ in segments:
+            all_ids += ids
+        return all_ids
 
     def _ids_and_offsets(self, text: str, plain: bool, control: ControlText | None) -> tuple[list[int], list[Range]]:
         """Ids of `text` and for each the range of characters it holds bytes of (several may share a character)."""
@@ -428,7 +430,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         ids = token_ids if isinstance(token_ids, list) else [token_ids]
         if skip_special_tokens:
             skipped = self._special_ids()
-            ids = [index for index in ids if index not in skipped]
+            if not skipped.isdisjoint(ids):
+                ids = [index for index in ids if index not in skipped]
         try:
             if self._late_tokens and any(index in self._late_tokens for index in ids):
                 data = self._bytes_with_late_tokens(ids)

@@ -1,9 +1,13 @@
 """The byte-pair vocabulary: its file, where text is cut, and how tokens are written as strings."""
 
 import base64
+import binascii
+import codecs
 import os
 import re
+import sys
 from collections.abc import Iterator
+from functools import partial
 
 
 # How text is cut before byte pairs are merged. `&&` is set intersection.
@@ -32,27 +36,43 @@ _PRINTABLE_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHER_BYTES = sorted(set(range(256)) - set(_PRINTABLE_BYTES))
 _CHAR_OF_BYTE = {byte: chr(byte) for byte in _PRINTABLE_BYTES} | {b: chr(256 + i) for i, b in enumerate(_OTHER_BYTES)}
 _BYTE_OF_CHAR = {char: byte for byte, char in _CHAR_OF_BYTE.items()}
+_CHARMAP = "".join(_CHAR_OF_BYTE[byte] for byte in range(256))  # the same as Python's codecs read it
+
+# Python 3.10 knows the strict reading of Base64 only by its slower name.
+if sys.version_info >= (3, 11):
+    _bytes_of = partial(binascii.a2b_base64, strict_mode=True)
+else:
+    _bytes_of = partial(base64.b64decode, validate=True)
 
 
 def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
-    """Read a `tiktoken.model` file: one `BASE64 RANK` per line → bytes to rank.
+    """Read a `tiktoken.model` file: one `BASE64 RANK` per line → bytes to rank, in the order of the ranks.
 
     Raises:
         ValueError: a line is not of that form, or the ranks are not 0, 1, 2, … each once; names file and line.
     """
-    ranks: dict[bytes, int] = {}
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: expected 'BASE64 RANK', found {line[:80]!r}") from error
-    if sorted(ranks.values()) != list(range(len(ranks))):
+        lines = file.read().split(b"\n")
+    try:
+        ranks = {_bytes_of(token): int(rank) for token, rank in map(bytes.split, filter(None, lines))}
+    except ValueError:
+        ranks = dict(_read_line_by_line(lines, path))
+    in_order = sorted(ranks.values())
+    if in_order != list(range(len(ranks))):
         raise ValueError(f"{path}: the ranks of its {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once")
-    return ranks
+    return ranks if in_order == list(ranks.values()) else dict(sorted(ranks.items(), key=lambda item: item[1]))
+
+
+def _read_line_by_line(lines: list[bytes], path) -> Iterator[tuple[bytes, int]]:
+    """The slower way, which can say where a file is malformed."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            yield _bytes_of(token), int(rank)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: expected 'BASE64 RANK', found {line[:80]!r}") from error
 
 
 def write_ranks(ranks: dict[bytes, int], path: str | os.PathLike) -> None:
@@ -64,7 +84,7 @@ def write_ranks(ranks: dict[bytes, int], path: str | os.PathLike) -> None:
 
 def printable(token: bytes) -> str:
     """A token's bytes as characters of the table above."""
-    return token.decode("latin-1").translate(_CHAR_OF_BYTE)
+    return codecs.charmap_decode(token, "strict", _CHARMAP)[0]
 
 
 def spelled(token: str) -> bytes:

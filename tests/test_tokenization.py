@@ -96,6 +96,35 @@ def test_malformed_vocabulary_file_is_named(tmp_path, content, words):
     assert all(word in str(error.value) for word in [str(path), *words])
 
 
+@pytest.mark.parametrize("line", [b"YQ==", b"YQ== 0 0", b"Y*== 0", b"YQ==YQ== 0", b"YQ 0", b"YQ== 0.0", b"\xff 0", b" 0"])
+def test_every_kind_of_malformed_line_is_named(tmp_path, line):
+    path = tmp_path / "tiktoken.model"
+    path.write_bytes(b"Yg== 0\n\n" + line + b"\nYw== 1\n")
+    with pytest.raises(ValueError, match="line 3: expected 'BASE64 RANK'"):
+        read_ranks(path)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b" \n", b"\n\n \n"])
+def test_ranks_come_in_their_order_whatever_that_of_the_lines(tmp_path, end):
+    rng = random.Random(2)
+    tokens = list(dict.fromkeys(rng.randbytes(rng.randint(1, 12)) for _ in range(500)))
+    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
+    (tmp_path / "in order").write_bytes(end.join(lines))
+    rng.shuffle(lines)
+    (tmp_path / "shuffled").write_bytes(end.join([*lines, b""]))
+    for name in ("in order", "shuffled"):
+        ranks = read_ranks(tmp_path / name)
+        assert list(ranks) == tokens and list(ranks.values()) == list(range(len(tokens)))
+
+
+def test_printable_characters_are_those_of_the_table():
+    characters = [printable(bytes([byte])) for byte in range(256)]
+    assert len(set(characters)) == 256 and all(len(char) == 1 and char.isprintable() for char in characters)
+    assert (printable(b"a !"), printable(b"\x00 \x7f\xad"), printable("é".encode())) == ("aĠ!", "ĀĠġŃ", "Ã©")
+    data = random.Random(3).randbytes(1000)
+    assert printable(data) == "".join(characters[byte] for byte in data) and spelled(printable(data)) == data
+
+
 def cut_step_by_step(text, most=400_000, longest_run=25_000):
     """`split_long_text`, one character at a time."""
     pieces = []
@@ -370,6 +399,27 @@ def test_ids_outside_the_vocabulary(tok, bad):
         tok.convert_ids_to_tokens([bad])
     with pytest.raises(TypeError, match=r"\[0\]"):
         tok.decode([1.5])
+
+
+@pytest.mark.parametrize("late", [(), ("<new>", "汉")])
+def test_decode_is_the_bytes_of_each_token_one_after_the_other(tok, late):
+    """Ids at random, with and without special tokens and tokens a user added."""
+    tok.add_tokens(list(late))
+    if late:
+        tok.add_special_tokens({"additional_special_tokens": ["<|late|>"]})
+    special = {index for index, token in tok.added_tokens_decoder.items() if token.special}
+    assert tok.convert_tokens_to_ids("<|late|>") in (special if late else [tok.unk_token_id])
+    rng = random.Random(4)
+    ordinary = [index for index in range(len(tok)) if index not in special]
+    for choice in (range(len(tok)), ordinary, sorted(special), range(len(MERGES) + 256)):
+        for length in (1, 7, 300):
+            ids = rng.choices(choice, k=length)
+            kept = [index for index in ids if index not in special]
+            for given, skip in ((ids, False), (kept, True)):
+                parts = [tok.convert_ids_to_tokens(index) for index in given]
+                data = [p.encode() if p in tok.get_added_vocab() else spelled(p) for p in parts]
+                assert tok.decode(ids, skip_special_tokens=skip) == b"".join(data).decode("utf-8", "replace")
+            assert tok.decode(np.array(ids), skip_special_tokens=True) == tok.decode(kept)
 
 
 class Pieces(TextStreamer):
