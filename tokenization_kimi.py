@@ -179,13 +179,14 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             allowed = set() if plain or control else "all"
             start = 0
             for piece in split_long_text(text):
-                end = start + len(piece)
+                begin, end = start, start + len(piece)
                 # A token that was cut in two is none, here as elsewhere.
                 for first, last in control.within(start, end) if control and not plain else ():
                     yield self._encoding.encode_ordinary(text[start:first]), start, first
                     yield [self._token_ids[text[first:last]]], first, last
                     start = last
-                yield self._encoding.encode(text[start:end], allowed_special=allowed, disallowed_special=()), start, end
+                rest = piece[start - begin :]
+                yield self._encoding.encode(rest, allowed_special=allowed, disallowed_special=()), start, end
                 start = end
             return
 

@@ -28,6 +28,7 @@ SPLIT_PATTERN = "|".join(
 # the ids, so they are part of the vocabulary.
 MAX_PIECE_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
+_SPACE, _OTHER, _RUN = (re.compile(pattern) for pattern in (r"\s", r"\S", r"\s+|\S+"))
 
 # One printable character per byte, so that tokens which are not UTF-8 have a string form that leads back to the bytes.
 # The table is the one byte-level vocabularies have used since GPT-2: printable Latin-1 stands for itself, the other
@@ -102,12 +103,12 @@ def split_long_text(text: str) -> Iterator[str]:
         piece = text[start : start + MAX_PIECE_CHARS]
         # A run longer than the limit fills one of these windows, so text without such a window needs no closer look.
         half = MAX_RUN_CHARS // 2
-        windows = (piece[i : i + half] for i in range(0, len(piece) - half + 1, half))
-        if len(piece) <= MAX_RUN_CHARS or not any(w.isspace() or not re.search(r"\s", w) for w in windows):
+        windows = ((i, i + half) for i in range(0, len(piece) - half + 1, half))
+        if len(piece) <= MAX_RUN_CHARS or all(_SPACE.search(piece, *w) and _OTHER.search(piece, *w) for w in windows):
             yield piece
             continue
         cut = 0
-        for run in re.finditer(r"\s+|\S+", piece):
+        for run in _RUN.finditer(piece):
             for end in range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS):
                 yield piece[cut:end]
                 cut = end
