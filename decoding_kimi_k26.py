@@ -8,10 +8,22 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import Cache, StaticLayer
 
 from .cache_kimi_k26 import LatentLayer, layer_of
-from .native_kimi_k26 import INPUTS, MAX_HEADS, Attention, FeedForward, Latents, addresses, few_rows, i64, is_plain, library
+from .native_kimi_k26 import (
+    INPUTS,
+    MOST_ROWS,
+    Attention,
+    FeedForward,
+    Latents,
+    Layer,
+    Step,
+    addresses,
+    few_rows,
+    i64,
+    is_plain,
+    library,
+)
 
 
-MOST_ROWS = 32  # above that the matrix products of PyTorch are faster
 # The modules whose sums the kernels know. By name: in version 5 of the library each entry module has classes of its own.
 KNOWN = {f"KimiK26{name}" for name in ("Attention", "Experts", "Int4Linear", "MLP", "MoE", "RMSNorm", "Router")} | {"Linear"}
 
@@ -27,7 +39,7 @@ class NativeLayer:
     """
 
     def __init__(self, layer: nn.Module):
-        self.layer, self.fits, self._padding = layer, True, None
+        self.layer, self.fits = layer, layer.self_attn.peers is None
         self._modules: list[tuple[dict, str, nn.Module]] = []  # where each module must be found again
         self._tensors: list[tuple[dict, str, int]] = []  # and each weight
         attention, mlp = self._own(layer, "self_attn"), self._own(layer, "mlp")
@@ -57,7 +69,7 @@ class NativeLayer:
 
     def _describe_attention(self, attention: nn.Module) -> Attention:
         config = attention.config
-        self.fits &= config.hidden_size % INPUTS == attention.rank % INPUTS == 0 and attention.heads <= MAX_HEADS
+        self.fits &= config.hidden_size % INPUTS == attention.rank % INPUTS == 0
         self.fits &= attention.nope % 2 == attention.rope % 2 == attention.v_dim % 4 == 0
         described = Attention(
             norm=self._weight(self.layer, "input_layernorm"),
@@ -109,50 +121,14 @@ class NativeLayer:
             described.width = network.gate_proj.out_features
         return described
 
-    def __reduce__(self):
-        return type(None), ()  # addresses are no good in a copy
-
     def is_current(self) -> bool:
         """Whether every weight is where it was, in modules that do no more than their class says."""
         return all(modules.get(name) is module and is_plain(module) for modules, name, module in self._modules) and all(
             parameters[name].data_ptr() == at for parameters, name, at in self._tensors
         )
 
-    def __call__(self, x: torch.Tensor, rotary, span, past_key_values: Cache):
-        """`x` `(batch, 1, hidden_size)` bfloat16 → the same after the layer, and the router's logits or `None`."""
-        rows, threads = i64(x.shape[0]), i64(torch.get_num_threads())
-        x = x.contiguous()
-        cos, sin = (part.expand(x.shape[0], 1, -1).contiguous() for part in rotary)
-        cache = self._extend(past_key_values, x, span)
-        middle, out = torch.empty_like(x), torch.empty_like(x)
-        kernels, pointer = library(), ctypes.byref
-        kernels.kimi_attention(
-            pointer(self.attention), pointer(cache), rows, *addresses(x, cos, sin, middle), threads
-        )
-        if not self.has_experts:
-            kernels.kimi_dense(pointer(self.feed_forward), rows, *addresses(middle, out), threads)
-            return out, None
-        experts, top_k = self.layer.mlp.experts, self.feed_forward.top_k
-        normed = torch.empty_like(x)
-        logits = x.new_empty(x.shape[0], self.feed_forward.experts, dtype=torch.float32)
-        weights = x.new_empty(x.shape[0], top_k, dtype=torch.float32)
-        chosen = x.new_empty(x.shape[0], top_k, dtype=torch.int64)
-        kernels.kimi_route(
-            pointer(self.feed_forward), rows, *addresses(middle, normed, logits, weights, chosen), threads
-        )
-        picked = chosen.flatten().tolist()
-        held = {number: experts.native(number) for number in dict.fromkeys(picked)}
-        if None in held.values():  # adapters or hooks on an expert
-            return middle + self.layer.mlp(self.layer.post_attention_layernorm(middle))[0], logits
-        table = torch.tensor([held[number].address for number in picked])
-        kernels.kimi_experts(
-            pointer(self.feed_forward), rows, *addresses(middle, normed, weights, chosen, table, out), threads
-        )
-        experts.let_go(held)
-        return out, logits
-
-    def _extend(self, cache: Cache, x: torch.Tensor, span) -> Latents:
-        """One more place for each row in the cache of this layer."""
+    def extend(self, where: Latents, cache: Cache, x: torch.Tensor, span):
+        """One more place for each row in the cache of this layer; `where` then says where it is."""
         layer = layer_of(cache, self.layer.self_attn.layer_idx)
         if isinstance(layer, LatentLayer):
             past = layer.extend(x, (self.attention.rank, self.attention.rope), 1)
@@ -160,20 +136,71 @@ class NativeLayer:
             past = int(span.query_index[0])
             if hasattr(layer, "cumulative_length"):  # transformers 5 counts
                 layer.cumulative_length.add_(1)
-        latent, rotary = layer.keys, layer.values
-        where = Latents(
-            latent=latent.data_ptr(),
-            rotary=rotary.data_ptr(),
-            latent_row=latent.stride(0),
-            latent_key=latent.stride(2),
-            rotary_row=rotary.stride(0),
-            rotary_key=rotary.stride(2),
-            past=past,
-        )
-        if span.padding is not None:
-            self._padding = span.padding.contiguous()  # kept until the kernels have read it
-            where.mask, where.mask_row = self._padding.data_ptr(), self._padding.stride(0)
-        return where
+        where.latent, where.rotary, where.past = layer.keys.data_ptr(), layer.values.data_ptr(), past
+        where.latent_row, _, where.latent_key, _ = layer.keys.stride()
+        where.rotary_row, _, where.rotary_key, _ = layer.values.stride()
+
+
+class NativeDecoder:
+    """One new token for each row through decoder layers, in one call of the native kernels.
+
+    Args:
+        layers (`list[KimiK26DecoderLayer]`): neighbours; or one alone.
+
+    Attributes:
+        fits (`bool`): whether the kernels can compute these layers.
+    """
+
+    def __init__(self, layers: list[nn.Module]):
+        self.parts = [NativeLayer(layer) for layer in layers]
+        self.fits = all(part.fits for part in self.parts)
+        self.calls = (Layer * len(layers))()
+        self.experts = [part.layer.mlp.experts for part in self.parts if part.has_experts]
+        found = iter(self.experts)
+        for call, part in zip(self.calls, self.parts):
+            call.attention, call.feed_forward = part.attention, part.feed_forward
+            if part.has_experts:
+                call.experts = next(found).known.address
+
+    def __reduce__(self):
+        return type(None), ()  # addresses are no good in a copy
+
+    def is_current(self) -> bool:
+        """Whether the layers are as they were; what happens to single experts is seen at the next prompt."""
+        return all(part.is_current() for part in self.parts)
+
+    def __call__(self, x: torch.Tensor, rotary, span, past_key_values: Cache):
+        """`x` `(batch, 1, hidden_size)` bfloat16 → the same after the layers, and the routers' logits of each that routes."""
+        rows, count, threads = x.shape[0], len(self.parts), i64(torch.get_num_threads())
+        x = x.clone(memory_format=torch.contiguous_format)
+        middle, normed = torch.empty_like(x), torch.empty_like(x)
+        cos, sin = (part.expand(rows, 1, -1).contiguous() for part in rotary)
+        padding = None if span.padding is None else span.padding.contiguous()
+        for call, part in zip(self.calls, self.parts):
+            part.extend(call.latents, past_key_values, x, span)
+            call.latents.mask, call.latents.mask_row = (None, 0) if padding is None else (padding.data_ptr(), padding.stride(0))
+        for experts in self.experts:
+            experts.known.refresh(thorough=self.calls[0].latents.past == 0)
+        sizes = self.calls[count - 1].feed_forward  # of all that route
+        logits = torch.empty(len(self.experts), rows, sizes.experts)
+        weights = torch.empty(len(self.experts), rows, sizes.top_k)
+        chosen = torch.empty(len(self.experts), rows, sizes.top_k, dtype=torch.int64)
+        step = Step(*addresses(x, middle, normed, cos, sin, logits, weights, chosen), rows=rows)
+        asked = at = routed = 0
+        while (at := library().kimi_decode(self.calls, i64(count), i64(at), i64(routed), ctypes.byref(step), threads)) < count:
+            # This layer has chosen experts that are not known yet.
+            number = sum(part.has_experts for part in self.parts[:at])
+            picked, layer = set(chosen[number].flatten().tolist()), self.parts[at].layer
+            routed = int(layer.mlp.experts.known.learn(picked))
+            asked += len(picked) if routed else 0
+            if not routed:  # adapters or hooks on an expert
+                x.copy_(middle + layer.mlp(layer.post_attention_layernorm(middle))[0])
+                at += 1
+        if self.experts:
+            self.experts[0].store.hits += step.used - asked  # of what was known, nobody was asked
+        for experts in self.experts:
+            experts.known.let_go()
+        return x, logits
 
 
 def has_room(layer, x: torch.Tensor, span) -> bool:
@@ -189,10 +216,13 @@ def has_room(layer, x: torch.Tensor, span) -> bool:
     )
 
 
-def native_layer(layer: nn.Module, x: torch.Tensor, span, past_key_values: Cache):
-    """The [`NativeLayer`] of a decoder layer where the kernels can serve this call, else `None`.
+def native_decoder(owner: nn.Module, layers, x: torch.Tensor, span, past_key_values: Cache):
+    """The [`NativeDecoder`] of neighbouring layers where the kernels can serve this call, else `None`.
 
     They serve one new token per row, bfloat16 on the CPU, without gradients, over a growing or a static cache.
+
+    Args:
+        owner: keeps the decoder between calls, as `native`: the text model, or a layer its own.
     """
     if (
         x.shape[1] != 1
@@ -200,20 +230,19 @@ def native_layer(layer: nn.Module, x: torch.Tensor, span, past_key_values: Cache
         or x.dtype != torch.bfloat16
         or x.device.type != "cpu"
         or past_key_values is None
-        or layer.training
-        or layer.self_attn.peers is not None
+        or owner.training
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or span.given is not None
         or span.documents is not None
         or _has_any_global_hook()
-        or not has_room(layer_of(past_key_values, layer.self_attn.layer_idx), x, span)
         or library() is None
+        or not all(has_room(layer_of(past_key_values, layer.self_attn.layer_idx), x, span) for layer in layers)
     ):
         return None
-    if layer.native is None or not layer.native.is_current():
-        layer.native = NativeLayer(layer)
-    return layer.native if layer.native.fits else None
+    if owner.native is None or not owner.native.is_current():
+        owner.native = NativeDecoder(list(layers))
+    return owner.native if owner.native.fits else None
 
 
 def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -118,7 +118,14 @@ class ExpertStore:
     def __init__(self, budget: int | None = None):
         self.budget = budget
         self.elsewhere: dict[torch.device, ExpertStore] = {}
+        self.total: int | None = None  # bytes of all experts there are, where known
+        self.cleared = 0  # times
         self.clear()
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the budget may not hold all experts there are."""
+        return self.budget is not None and (self.total is None or self.total > self.budget)
 
     def on(self, device: torch.device) -> "ExpertStore":
         """The store of what is held on a device; this one is that of main memory."""
@@ -130,12 +137,13 @@ class ExpertStore:
         """Drop everything and begin to count anew."""
         for other in self.elsewhere.values():
             other.clear()
+        self.cleared += 1
         self.hits = self.misses = self.bytes_moved = self.bytes_held = 0
         self._kept: OrderedDict = OrderedDict()  # key -> (stamp, layout), least recently used first
         self._asked: Counter = Counter()
 
     def __reduce__(self):  # a copy, of the model or in a file, makes its own layouts
-        return ExpertStore, (self.budget,), {"elsewhere": self.elsewhere}
+        return ExpertStore, (self.budget,), {"elsewhere": self.elsewhere, "total": self.total}
 
     def get(self, key, stamp, make: Callable):
         """The layout under `key`; made by `make()` where it is not there or was made of other tensors (`stamp`)."""
@@ -206,10 +214,65 @@ class NativeExpert(Layout):
         at = at if len(at) == 6 else [value for pair in zip(at, (None,) * 3) for value in pair]  # no scales: bfloat16
         self._addresses = NativeAddresses(*at)
         self.address = ctypes.addressof(self._addresses)
+        self._memory = [tensor.detach() for tensor in tensors]  # stays while the kernels may read it, whatever is put in its place
         read_ahead(expert)
+
+    def is_current(self) -> bool:
+        """Whether the expert's weights are still these."""
+        tensors = weights_of(self.expert)
+        return tensors is not None and [t.data_ptr() for t in tensors] == [t.data_ptr() for t in self._memory]
 
     def drop(self):
         release(self.expert)
+
+
+class KnownExperts:
+    """The experts of one layer that the native kernels find by themselves: a table of addresses by number.
+
+    Attributes:
+        address (`int`): of the table, which never moves; null for an expert that is not known.
+    """
+
+    def __init__(self, experts: "KimiK26Experts"):
+        self._experts, self._store, self._cleared, self._turn = experts, None, 0, 0
+        self._table = (ctypes.c_void_p * len(experts))()
+        self._held: dict[int, NativeExpert] = {}
+        self.address = ctypes.addressof(self._table)
+
+    def learn(self, numbers: Iterable[int]) -> bool:
+        """Get experts from the store; false where one has adapters or hooks or lies elsewhere."""
+        for number in numbers:
+            held = self._experts.native(number)
+            if held is None:
+                return False
+            self._held[number], self._table[number] = held, held.address
+        return True
+
+    def refresh(self, thorough: bool):
+        """Forget all when the store was cleared or replaced, and experts that are no longer as they were.
+
+        When that is `thorough`, each is looked at, else one, each at its turn: what is done to all is seen at once.
+        """
+        store = self._experts.store
+        if store is not self._store or store.cleared != self._cleared:
+            self._store, self._cleared = store, store.cleared
+            self._forget(list(self._held))
+        elif self._held:
+            self._turn = (self._turn + 1) % len(self._experts)
+            one = self._held.get(self._turn) or next(iter(self._held.values()))
+            if thorough or not one.is_current():
+                self._forget([number for number, held in self._held.items() if not held.is_current()])
+
+    def let_go(self):
+        """After use: under a budget the store decides what stays in memory, and must be asked each time."""
+        if self._held and self._store.bounded:
+            self._experts.let_go(self._held)
+            self._forget(list(self._held))
+
+    def _forget(self, numbers: list[int]):
+        for number in numbers:
+            del self._held[number]
+            self._table[number] = None
 
 
 class CpuExpert(Layout):
@@ -351,9 +414,17 @@ class KimiK26Experts(nn.ModuleList):
         self.shares: list[tuple[torch.device | None, Collection[int]]] = [(None, range(len(self)))]
         self.peers: Peers | None = None  # the processes that have the experts, where those are several
         self.tables: dict[torch.device, tuple] = {}  # see `table`
+        self._known: KnownExperts | None = None
 
     def __getstate__(self):
-        return self.__dict__ | {"tables": {}}  # a copy's experts lie elsewhere
+        return self.__dict__ | {"tables": {}, "_known": None}  # a copy's experts lie elsewhere
+
+    @property
+    def known(self) -> KnownExperts:
+        """Those that the CPU's kernels find by themselves."""
+        if self._known is None:
+            self._known = KnownExperts(self)
+        return self._known
 
     def split(self, peers: Peers):
         """Keep the experts of this process alone."""
@@ -515,6 +586,7 @@ class KimiK26Experts(nn.ModuleList):
             return None
         if not self.has_native_widths or library() is None:
             return None
+        self.known.refresh(thorough=True)
         held = {number: self.native(number) for number, count in enumerate(routing.counts) if count and number in numbers}
         if None in held.values():
             return None
@@ -540,7 +612,7 @@ class KimiK26Experts(nn.ModuleList):
 
     def let_go(self, numbers: Iterable[int]):
         """Give back the memory of experts that were used but are not held."""
-        if self.store.budget is not None:
+        if self.store.bounded:
             for number in numbers:
                 if not self.store.keeps((id(self), number)):
                     release(self._modules[str(number)])

@@ -1,10 +1,10 @@
-"""The source of the CPU's own kernels, in C++ for processors with AVX-512 and its bfloat16 products.
+"""The source of the CPU's own kernels, in C++ for processors with AVX-512 and its bfloat16 products: what all have in common.
 
-One token per row through one layer (`kimi_attention`, `kimi_route` and `kimi_experts`, or `kimi_dense`), attention of many
-tokens (`kimi_prefill`), the output layer (`kimi_linear`). `native_kimi_k26` compiles it and knows its functions.
+Numbers, vectors, memory; products of few rows, which read each weight once and as it lies; products of many rows, which
+have a row in each lane of a vector. `native_kimi_k26` compiles the three parts as one and knows their functions.
 """
 
-SOURCE = r"""
+COMMON = r"""
 #include <immintrin.h>
 #include <omp.h>
 #include <algorithm>
@@ -291,487 +291,71 @@ static void rotate(const bf16* x, const float* cos, const float* sin, bf16* out,
     }
 }
 
-// ---------------------------------------------------------------------------------------- attention
+// ---------------------------------------------------------------------------------------- many rows: one to a lane
 
-struct Attention {
-    const bf16 *norm, *q_a, *q_a_bias, *q_a_norm, *q_b, *kv_a, *kv_a_bias, *kv_a_norm, *kv_b, *o, *o_bias;
-    i64 hidden, q_lora, heads, nope, rope, v, rank;  // q_lora 0: q_b is applied to the hidden state itself
-    float eps, latent_eps, scale;
-};
+enum { LANES = 16 };
 
-struct Latents {  // what a cache holds of one layer: addresses, and strides in elements
-    bf16 *latent, *rotary;
-    i64 latent_row, latent_key, rotary_row, rotary_key;
-    i64 past;             // keys before the new one
-    const uint8_t* mask;  // null, or (rows, keys): 0 for padding
-    i64 mask_row;
-};
-
-enum { KEYS = 32 };  // scored together: what is read of them stays in the first cache
-
-// Queries that read the same keys and values: the heads of one token over the latents, or the tokens of one head over
-// its expanded keys. A score has two parts, as queries and keys have: one that turns with the position, one that does not.
-struct Part { const bf16 *query, *key; i64 query_row, key_row, size; };
-struct Reading {
-    Part parts[2];
-    const bf16* value; i64 value_row, value_size;
-    i64 queries;
-    const i64* limits;    // null, or how many keys each query may see, in rising order
-    const uint8_t* mask;  // null, or for each key 0 for padding
-    float scale;
-};
-struct Sums {  // of each query: the largest score, the sum, the weighted values (queries, value_size)
-    float *best, *total, *read;
-    float *scores, *shrink; uint32_t* weights;  // (queries, KEYS), (queries), (queries, KEYS / 2): within a block
-    void layout(i64 queries, i64 value_size) {
-        best = arena.take<float>(queries); total = arena.take<float>(queries); read = arena.take<float>(queries * value_size);
-        scores = arena.take<float>(queries * KEYS); shrink = arena.take<float>(queries); weights = arena.take<uint32_t>(queries * KEYS / 2);
-    }
-};
-
-static void attend(const Reading& a, i64 begin, i64 end, const Sums& s) {
-    const i64 queries = a.queries, size = a.value_size;
-    for (i64 q = 0; q < queries; q++) { s.best[q] = -INFINITY; s.total[q] = 0; }
-    memset(s.read, 0, queries * size * sizeof(float));
-    for (i64 block = begin; block < end; block += KEYS) {
-        const i64 keys = end - block < KEYS ? end - block : KEYS;
-        i64 from = 0;  // queries before see nothing of this block
-        while (a.limits && from < queries && a.limits[from] <= block) from++;
-        for (i64 q = from; q < queries; q += 4) {
-            const int some = queries - q < 4 ? queries - q : 4;
-            const bf16* given[2][4];
-            for (int p = 0; p < 2; p++)
-                for (int i = 0; i < 4; i++) given[p][i] = a.parts[p].query + (q + (i < some ? i : 0)) * a.parts[p].query_row;
-            for (i64 k = 0; k < keys; k += 4) {
-                float y[4][ROWS];
-                const int here = keys - k < 4 ? keys - k : 4;
-                __m512 sum[4][4];
-                for (int j = 0; j < 4; j++) for (int i = 0; i < 4; i++) sum[j][i] = _mm512_setzero_ps();
-                for (int p = 0; p < 2; p++) {
-                    const Part& part = a.parts[p];
-                    const bf16* key = part.key + (block + k) * part.key_row;
-                    if (here == 4) accumulate<4, 4>(key, part.key_row, given[p], part.size, sum);
-                    else for (int j = 0; j < here; j++) accumulate<1, 4>(key + j * part.key_row, 0, given[p], part.size, *(__m512(*)[1][4])&sum[j]);
-                }
-                settle<4, 4>(sum, y);
-                for (int j = 0; j < here; j++) for (int i = 0; i < some; i++) s.scores[(q + i) * KEYS + k + j] = y[j][i] * a.scale;
-            }
-        }
-        for (i64 q = from; q < queries; q++) {
-            float* score = s.scores + q * KEYS;
-            uint32_t* weights = s.weights + q * KEYS / 2;
-            const i64 seen = a.limits && a.limits[q] - block < keys ? a.limits[q] - block : keys;
-            for (i64 j = seen; j < KEYS; j++) score[j] = -INFINITY;
-            if (a.mask) for (i64 j = 0; j < seen; j++) if (!a.mask[block + j]) score[j] = -INFINITY;
-            __m512 one = _mm512_loadu_ps(score), two = _mm512_loadu_ps(score + 16);
-            const float top = fmaxf(s.best[q], _mm512_reduce_max_ps(_mm512_max_ps(one, two)));
-            if (top == -INFINITY) {  // padding only, so far
-                s.shrink[q] = 1;
-                memset(weights, 0, KEYS * 2);
-                continue;
-            }
-            one = exp16(_mm512_sub_ps(one, _mm512_set1_ps(top)));
-            two = exp16(_mm512_sub_ps(two, _mm512_set1_ps(top)));
-            s.shrink[q] = s.best[q] == -INFINITY ? 0 : expf(s.best[q] - top);
-            s.total[q] = s.total[q] * s.shrink[q] + _mm512_reduce_add_ps(_mm512_add_ps(one, two));
-            s.best[q] = top;
-            _mm256_storeu_si256((__m256i*)weights, narrow16(one));
-            _mm256_storeu_si256((__m256i*)(weights + 8), narrow16(two));
-        }
-        const i64 whole = keys / 2;
-        const bf16* value = a.value + block * a.value_row;
-        for (i64 column = 0; column < size; column += 32) {
-            const i64 width = size - column < 32 ? size - column : 32;
-            for (i64 q = from; q < queries; q += 8) {
-                __m512 sum[8][2];
-                for (int i = 0; i < 8; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-                const int some = queries - q < 8 ? queries - q : 8;
-                const uint32_t* w = s.weights + q * KEYS / 2;
-                if (some == 8) weigh<8>(value + column, a.value_row, width, whole, w, KEYS / 2, sum);
-                else for (int i = 0; i < some; i++) weigh<1>(value + column, a.value_row, width, whole, w + i * KEYS / 2, 0, sum + i);
-                if (keys % 2)  // the last key alone: the other weight of its pair is zero
-                    for (int i = 0; i < some; i++) weigh<1>(value + (keys - 1) * a.value_row + column, 0, width, 1, w + i * KEYS / 2 + whole, 0, sum + i);
-                for (int i = 0; i < some; i++) {
-                    __m512 half[2];
-                    columns_of(sum[i], half[0], half[1]);
-                    const __m512 factor = _mm512_set1_ps(s.shrink[q + i]);
-                    for (int n = 0; n < 2 && 16 * n < width; n++) {
-                        float* to = s.read + (q + i) * size + column + 16 * n;
-                        const __mmask16 there = width - 16 * n >= 16 ? 0xffff : (1 << (width - 16 * n)) - 1;
-                        _mm512_mask_storeu_ps(to, there, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, to), factor, half[n]));
-                    }
-                }
-            }
+// `G` vectors of sixteen rows of x meet `N` rows of w: sum[n][g] += w[n] . x[g], a row of x in each lane. Neighbouring
+// inputs stand together as one 32-bit word: x is packed, (pairs, G * 16) words; word p of w's row n is w[n * row + p * step].
+template <int G, int N>
+static inline void lanes(const uint32_t* x, const uint32_t* w, i64 row, i64 step, i64 pairs, __m512 (&sum)[N][G]) {
+    for (i64 p = 0; p < pairs; p++) {
+        __m512bh given[G];
+        for (int g = 0; g < G; g++) given[g] = (__m512bh)_mm512_loadu_si512(x + (p * G + g) * LANES);
+        for (int n = 0; n < N; n++) {
+            const __m512bh weight = (__m512bh)_mm512_set1_epi32(w[n * row + p * step]);
+            for (int g = 0; g < G; g++) sum[n][g] = _mm512_dpbf16_ps(sum[n][g], given[g], weight);
         }
     }
 }
 
-struct Expanded {  // addresses, and strides in elements along (batch, token, head)
-    const bf16 *query, *turned, *key, *rotary, *value;
-    bf16* out;
-    i64 query_at[3], turned_at[3], key_at[3], rotary_at[3], value_at[3], out_at[3];
-    i64 batch, queries, keys, heads, nope, rope, v;
-    i64 first;  // place of the first query among the keys; each sees all up to itself
-    const uint8_t* mask; i64 mask_row;
-    float scale;
-};
-
-enum { QUERIES = 32 };  // of one head, that read together
-
-// Attention of many tokens over the expanded keys and values of some heads.
-extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
-    const Expanded& e = *given;
-    Sums sums[MAX_THREADS];
-    arena.layout([&] { for (i64 t = 0; t < threads; t++) sums[t].layout(QUERIES, e.v); });
-    const i64 blocks = (e.queries + QUERIES - 1) / QUERIES;
-    #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (i64 unit = 0; unit < blocks * e.batch * e.heads; unit++) {
-        // The longest first: the last queries see the most keys.
-        const i64 q = (blocks - 1 - unit / (e.batch * e.heads)) * QUERIES, b = unit / e.heads % e.batch, h = unit % e.heads;
-        const Sums& s = sums[omp_get_thread_num()];
-        auto at = [&](const i64* strides, i64 token) { return b * strides[0] + token * strides[1] + h * strides[2]; };
-        i64 limits[QUERIES];
-        const i64 some = e.queries - q < QUERIES ? e.queries - q : QUERIES;
-        for (i64 i = 0; i < some; i++) limits[i] = e.first + q + i + 1;
-        const Reading reading = {
-            {{e.query + at(e.query_at, q), e.key + at(e.key_at, 0), e.query_at[1], e.key_at[1], e.nope},
-             {e.turned + at(e.turned_at, q), e.rotary + b * e.rotary_at[0], e.turned_at[1], e.rotary_at[1], e.rope}},
-            e.value + at(e.value_at, 0), e.value_at[1], e.v, some, limits, e.mask ? e.mask + b * e.mask_row : nullptr, e.scale};
-        attend(reading, 0, limits[some - 1] < e.keys ? limits[some - 1] : e.keys, s);
-        for (i64 i = 0; i < some; i++) {
-            bf16* to = e.out + at(e.out_at, q + i);
-            const float factor = s.total[i] > 0 ? 1 / s.total[i] : 0;
-            for (i64 d = 0; d < e.v; d++) to[d] = narrow(s.read[i * e.v + d] * factor);
+static inline void transpose16(__m512i (&r)[16]) {  // 16 x 16 words
+    __m512i t[16];
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            r[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+            r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
         }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
     }
 }
 
-// out = x + attention(norm(x)): one new token for each row, whose latent and rotary key are written into the cache.
-extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64 rows, const bf16* x, const float* cos,
-                               const float* sin, bf16* out, i64 threads) {
-    const Attention& a = *given;
-    const Latents& c = *cache;
-    const i64 head = a.nope + a.rope, keys = c.past + 1;
-    // Each row's keys are cut into as many pieces as there are threads, however many rows there are: a row's sums are
-    // then the same to the last bit in any company.
-    const i64 pieces = threads;
-    bf16 *normed, *query_a, *key_value, *query, *absorbed, *turned, *read16, *value;
-    std::vector<Sums> sums(rows * pieces);
-    arena.layout([&] {
-        normed = arena.take<bf16>(rows * a.hidden);
-        query_a = arena.take<bf16>(rows * (a.q_lora ? a.q_lora : 1));
-        key_value = arena.take<bf16>(rows * (a.rank + a.rope));
-        query = arena.take<bf16>(rows * a.heads * head);
-        absorbed = arena.take<bf16>(rows * a.heads * a.rank);
-        turned = arena.take<bf16>(rows * a.heads * a.rope);
-        read16 = arena.take<bf16>(rows * a.heads * a.rank);
-        value = arena.take<bf16>(rows * a.heads * a.v);
-        for (Sums& one : sums) one.layout(a.heads, a.rank);
-    });
-    #pragma omp parallel num_threads(threads)
-    {
-        for (Share s(rows); s.begin < s.end; s.begin++)
-            rms_norm(x + s.begin * a.hidden, a.norm, normed + s.begin * a.hidden, a.hidden, a.eps);
-        #pragma omp barrier
-        const i64 narrow_size = a.rank + a.rope;
-        if (a.q_lora)
-            linear(a.q_a, a.q_lora, a.hidden, normed, rows, Share(a.q_lora, BLOCK), [&](i64 o, i64 r, float y) {
-                query_a[r * a.q_lora + o] = narrow(a.q_a_bias ? y + wide(a.q_a_bias[o]) : y);
-            });
-        linear(a.kv_a, narrow_size, a.hidden, normed, rows, Share(narrow_size, BLOCK), [&](i64 o, i64 r, float y) {
-            key_value[r * narrow_size + o] = narrow(a.kv_a_bias ? y + wide(a.kv_a_bias[o]) : y);
-        });
-        #pragma omp barrier
-        for (Share s(rows); s.begin < s.end; s.begin++) {
-            const i64 r = s.begin;
-            if (a.q_lora) rms_norm(query_a + r * a.q_lora, a.q_a_norm, query_a + r * a.q_lora, a.q_lora, a.latent_eps);
-            const bf16* mine = key_value + r * narrow_size;
-            rms_norm(mine, a.kv_a_norm, c.latent + r * c.latent_row + c.past * c.latent_key, a.rank, a.latent_eps);
-            rotate(mine + a.rank, cos + r * a.rope / 2, sin + r * a.rope / 2, c.rotary + r * c.rotary_row + c.past * c.rotary_key, a.rope);
-        }
-        #pragma omp barrier
-        linear(a.q_b, a.heads * head, a.q_lora ? a.q_lora : a.hidden, a.q_lora ? query_a : normed, rows,
-               Share(a.heads * head, BLOCK), [&](i64 o, i64 r, float y) { query[r * a.heads * head + o] = narrow(y); });
-        #pragma omp barrier
-        // The expansion of keys moves into the query: (rows, nope) by (nope, rank) for each head.
-        for (Share s(a.heads * (a.rank / 32)); s.begin < s.end; s.begin++) {
-            const i64 h = s.begin / (a.rank / 32), column = s.begin % (a.rank / 32) * 32;
-            const bf16* to_key = a.kv_b + h * (a.nope + a.v) * a.rank + column;
-            for (i64 first = 0; first < rows; first += ROWS) {
-                const int some = rows - first < ROWS ? rows - first : ROWS;
-                __m512 sum[ROWS][2];
-                for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-                const uint32_t* q = (const uint32_t*)(query + (first * a.heads + h) * head);  // two neighbours: a pair
-                if (some == ROWS) weigh<ROWS>(to_key, a.rank, 32, a.nope / 2, q, a.heads * head / 2, sum);
-                else for (int i = 0; i < some; i++) weigh<1>(to_key, a.rank, 32, a.nope / 2, q + i * a.heads * head / 2, 0, sum + i);
-                for (int i = 0; i < some; i++) {
-                    __m512 one, two;
-                    columns_of(sum[i], one, two);
-                    bf16* to = absorbed + ((first + i) * a.heads + h) * a.rank + column;
-                    _mm256_storeu_si256((__m256i*)to, narrow16(one));
-                    _mm256_storeu_si256((__m256i*)(to + 16), narrow16(two));
-                }
-            }
-        }
-        for (Share s(rows * a.heads); s.begin < s.end; s.begin++) {
-            const i64 r = s.begin / a.heads;
-            rotate(query + s.begin * head + a.nope, cos + r * a.rope / 2, sin + r * a.rope / 2, turned + s.begin * a.rope, a.rope);
-        }
-        #pragma omp barrier
-        for (Share s(rows * pieces); s.begin < s.end; s.begin++) {
-            const i64 r = s.begin / pieces, piece = s.begin % pieces;
-            const bf16* latent = c.latent + r * c.latent_row;
-            const Reading reading = {
-                {{absorbed + r * a.heads * a.rank, latent, a.rank, c.latent_key, a.rank},
-                 {turned + r * a.heads * a.rope, c.rotary + r * c.rotary_row, a.rope, c.rotary_key, a.rope}},
-                latent, c.latent_key, a.rank, a.heads, nullptr, c.mask ? c.mask + r * c.mask_row : nullptr, a.scale};
-            attend(reading, keys * piece / pieces, keys * (piece + 1) / pieces, sums[s.begin]);
-        }
-        #pragma omp barrier
-        // The pieces become one; then the expansion of values, rank → v for each head.
-        for (Share s(rows * a.heads); s.begin < s.end; s.begin++) {
-            const i64 r = s.begin / a.heads, h = s.begin % a.heads;
-            const Sums* mine = sums.data() + r * pieces;
-            float top = -INFINITY, sum = 0, factor[MAX_THREADS];
-            for (i64 p = 0; p < pieces; p++) top = fmaxf(top, mine[p].best[h]);
-            for (i64 p = 0; p < pieces; p++) {
-                factor[p] = mine[p].best[h] == -INFINITY ? 0 : expf(mine[p].best[h] - top);
-                sum += factor[p] * mine[p].total[h];
-            }
-            sum = fmaxf(sum, 1e-30f);
-            bf16* to = read16 + s.begin * a.rank;
-            for (i64 i = 0; i < a.rank; i += 16) {
-                __m512 all = _mm512_setzero_ps();
-                for (i64 p = 0; p < pieces; p++)
-                    all = _mm512_fmadd_ps(_mm512_loadu_ps(mine[p].read + h * a.rank + i), _mm512_set1_ps(factor[p] / sum), all);
-                _mm256_storeu_si256((__m256i*)(to + i), narrow16(all));
-            }
-        }
-        #pragma omp barrier
-        for (Share s(a.heads * a.v, 4); s.begin < s.end; s.begin += 4) {
-            const i64 h = s.begin / a.v, d = s.begin % a.v;
-            const bf16* to_value = a.kv_b + (h * (a.nope + a.v) + a.nope + d) * a.rank;
-            for (i64 first = 0; first < rows; first += ROWS) {
-                const int some = rows - first < ROWS ? rows - first : ROWS;
-                const bf16* from[ROWS];
-                float y[BLOCK][ROWS];
-                for (int i = 0; i < some; i++) from[i] = read16 + ((first + i) * a.heads + h) * a.rank;
-                product({to_value, nullptr}, 0, 4, from, some, a.rank, 0, y);
-                for (int i = 0; i < some; i++)
-                    for (int j = 0; j < 4; j++) value[(first + i) * a.heads * a.v + s.begin + j] = narrow(y[j][i]);
-            }
-        }
-        #pragma omp barrier
-        linear(a.o, a.hidden, a.heads * a.v, value, rows, Share(a.hidden, BLOCK), [&](i64 o, i64 r, float y) {
-            const i64 at = r * a.hidden + o;
-            out[at] = narrow(wide(x[at]) + rounded(a.o_bias ? y + wide(a.o_bias[o]) : y));
-        });
+// Rows of x, `pairs` words each, into sixteen lanes of a packed matrix whose words of one pair stand `stride` apart; a
+// missing row is a row of zeros.
+static void pack(const bf16* const* x, i64 rows, i64 pairs, uint32_t* to, i64 stride) {
+    for (i64 p = 0; p < pairs; p += LANES) {
+        const i64 some = pairs - p < LANES ? pairs - p : LANES;
+        const __mmask16 there = some == LANES ? 0xffff : (1 << some) - 1;
+        __m512i words[LANES];
+        for (int r = 0; r < LANES; r++)
+            words[r] = r < rows ? _mm512_maskz_loadu_epi32(there, (const uint32_t*)x[r] + p) : _mm512_setzero_si512();
+        transpose16(words);
+        for (i64 i = 0; i < some; i++) _mm512_storeu_si512(to + (p + i) * stride, words[i]);
     }
 }
 
-// ---------------------------------------------------------------------------------------- feed-forward
-
-struct FeedForward {
-    const bf16 *norm, *gate, *up, *down;  // the dense network or the shared expert; null: none
-    const bf16* router; const float* bias;
-    i64 hidden, width, experts, top_k, groups, top_groups, normalize, expert_width, group_size;
-    float eps, scaling;
-};
-
-struct Expert { Matrix gate, up, down; };
-
-// From 16 sums each: bf16(bf16(silu(gate)) * up).
-static inline void swish(const float* gate, const float* up, bf16* out, i64 count) {
-    __m512 g = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(_mm512_loadu_ps(gate))), 16));
-    __m512 u = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(_mm512_loadu_ps(up))), 16));
-    __m512 s = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1), exp16(_mm512_sub_ps(_mm512_setzero_ps(), g))));
-    s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(s)), 16));
-    _mm256_mask_storeu_epi16(out, count >= 16 ? 0xffff : (1 << count) - 1, narrow16(_mm512_mul_ps(s, u)));
+// Sixteen columns of sixteen rows: from a lane for each row to a vector for each row.
+static inline void rows_of(const __m512* columns, i64 stride, __m512 (&row)[LANES]) {
+    __m512i words[LANES];
+    for (int c = 0; c < LANES; c++) words[c] = _mm512_castps_si512(columns[c * stride]);
+    transpose16(words);
+    for (int r = 0; r < LANES; r++) row[r] = _mm512_castsi512_ps(words[r]);
 }
 
-// inner[r][from … to] = silu(gate) * up of one network, for a block of outputs.
-static void gate_up(const Expert& e, i64 from, i64 to, const bf16* const* x, i64 rows, i64 k, i64 group, bf16* const* inner,
-                    bf16* scratch, float* gate, float* up) {  // gate, up: (rows, BLOCK)
-    products(e.gate, from, to, x, rows, k, group, scratch, [&](i64 o, i64 r, float y) { gate[r * BLOCK + o - from] = y; });
-    products(e.up, from, to, x, rows, k, group, scratch, [&](i64 o, i64 r, float y) { up[r * BLOCK + o - from] = y; });
-    for (i64 r = 0; r < rows; r++) swish(gate + r * BLOCK, up + r * BLOCK, inner[r] + from, to - from);
-}
-
-// Each thread's own memory for the products of up to `rows` rows.
-struct Bench {
-    const bf16** x; bf16** inner; bf16* scratch; float *gate, *up, *sum;
-    static void layout(Bench* benches, i64 threads, i64 rows, i64 k, i64 sums) {
-        for (i64 t = 0; t < threads; t++)
-            benches[t] = {arena.take<const bf16*>(rows), arena.take<bf16*>(rows), arena.take<bf16>(BLOCK * k),
-                          arena.take<float>(rows * BLOCK), arena.take<float>(rows * BLOCK), arena.take<float>(sums * BLOCK)};
-    }
-};
-// normed = norm(x); the router's logits, and the chosen experts of each row with their weights.
-extern "C" void kimi_route(const FeedForward* given, i64 rows, const bf16* x, bf16* normed, float* logits, float* weights, i64* chosen,
-                           i64 threads) {
-    const FeedForward& f = *given;
-    #pragma omp parallel num_threads(threads)
-    {
-        for (Share s(rows); s.begin < s.end; s.begin++)
-            rms_norm(x + s.begin * f.hidden, f.norm, normed + s.begin * f.hidden, f.hidden, f.eps);
-        #pragma omp barrier
-        linear(f.router, f.experts, f.hidden, normed, rows, Share(f.experts, BLOCK), [&](i64 o, i64 r, float y) {
-            logits[r * f.experts + o] = y;
-        });
-        #pragma omp barrier
-        std::vector<float> score(f.experts), choice(f.experts), merit(f.groups);
-        for (Share s(rows); s.begin < s.end; s.begin++) {
-            const i64 r = s.begin, per = f.experts / f.groups;
-            for (i64 e = 0; e < f.experts; e++) {
-                score[e] = 1.0f / (1.0f + expf(-logits[r * f.experts + e]));
-                choice[e] = score[e] + f.bias[e];
-            }
-            if (f.groups > 1) {  // only the groups with the largest sum of their two best take part
-                for (i64 g = 0; g < f.groups; g++) {
-                    float one = -INFINITY, two = -INFINITY;
-                    for (i64 e = g * per; e < (g + 1) * per; e++) {
-                        if (choice[e] > one) { two = one; one = choice[e]; } else if (choice[e] > two) two = choice[e];
-                    }
-                    merit[g] = one + two;
-                }
-                std::vector<char> stays(f.groups, 0);
-                for (i64 n = 0; n < f.top_groups; n++) {
-                    i64 top = -1;
-                    for (i64 g = 0; g < f.groups; g++) if (!stays[g] && (top < 0 || merit[g] > merit[top])) top = g;
-                    stays[top] = 1;
-                }
-                for (i64 e = 0; e < f.experts; e++) if (!stays[e / per]) choice[e] = -INFINITY;
-            }
-            float sum = 0;
-            for (i64 n = 0; n < f.top_k; n++) {
-                i64 top = -1;
-                for (i64 e = 0; e < f.experts; e++) if (!std::isnan(choice[e]) && (top < 0 || choice[e] > choice[top])) top = e;
-                if (top < 0) top = n;  // all are NaN: some expert must be named
-                chosen[r * f.top_k + n] = top;
-                weights[r * f.top_k + n] = score[top];
-                sum += score[top];
-                choice[top] = NAN;
-            }
-            for (i64 n = 0; n < f.top_k; n++) {
-                float& w = weights[r * f.top_k + n];
-                w = (f.normalize ? w / (sum + 1e-20f) : w) * f.scaling;
-            }
-        }
-    }
-}
-
-// out = x + the weighted sum of each row's experts + the shared one; without x, and without a shared one, only the sum.
-// `table`: the expert of each (row, choice), null where it is computed elsewhere.
-extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, const bf16* normed, const float* weights,
-                             const i64* chosen, const Expert* const* table, bf16* out, i64 threads) {
-    const FeedForward& f = *given;
-    const i64 pairs = rows * f.top_k, width = f.expert_width;
-    struct Team { const Expert* expert; i64 first, rows; };  // an expert, and its pairs' places in `order`
-    static thread_local std::vector<Team> teams;
-    static thread_local std::vector<i64> order;  // by expert: a row's sum then has one order in any company
-    teams.clear(); order.clear();
-    for (i64 p = 0; p < pairs; p++) if (table[p]) order.push_back(p);
-    std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return chosen[a] < chosen[b]; });
-    for (i64 n = 0; n < (i64)order.size(); n++) {
-        if (n == 0 || chosen[order[n]] != chosen[order[n - 1]]) teams.push_back({table[order[n]], n, 0});
-        teams.back().rows++;
-    }
-    bf16 *inner, *shared;
-    Bench benches[MAX_THREADS];
-    arena.layout([&] {
-        inner = arena.take<bf16>(pairs * width + 32);
-        shared = arena.take<bf16>(rows * (f.gate ? f.width : 1) + 32);
-        Bench::layout(benches, threads, rows, std::max(f.hidden, std::max(width, f.width)), rows);
-    });
-    const Team* team = teams.data();
-    const i64* pair = order.data();
-    const i64 count = teams.size(), blocks = (width + BLOCK - 1) / BLOCK, common_blocks = f.gate ? (f.width + BLOCK - 1) / BLOCK : 0;
-    const Expert common = {{f.gate, nullptr}, {f.up, nullptr}, {f.down, nullptr}};
-    #pragma omp parallel num_threads(threads)
-    {
-        const Bench& mine = benches[omp_get_thread_num()];
-        #pragma omp for schedule(dynamic, 4)
-        for (i64 unit = 0; unit < count * blocks + common_blocks; unit++) {
-            const bool is_common = unit >= count * blocks;
-            const Team t = is_common ? Team{&common, 0, rows} : team[unit / blocks];
-            const i64 size = is_common ? f.width : width, from = (is_common ? unit - count * blocks : unit % blocks) * BLOCK;
-            for (i64 r = 0; r < t.rows; r++) {
-                mine.x[r] = normed + (is_common ? r : pair[t.first + r] / f.top_k) * f.hidden;
-                mine.inner[r] = is_common ? shared + r * f.width : inner + pair[t.first + r] * width;
-            }
-            gate_up(*t.expert, from, std::min(from + BLOCK, size), mine.x, t.rows, f.hidden, is_common ? 0 : f.group_size,
-                    mine.inner, mine.scratch, mine.gate, mine.up);
-        }
-        #pragma omp for schedule(dynamic, 1)
-        for (i64 from = 0; from < f.hidden; from += BLOCK) {
-            const i64 to = std::min(from + BLOCK, f.hidden);
-            memset(mine.sum, 0, rows * BLOCK * sizeof(float));
-            for (i64 n = 0; n < count; n++) {
-                const Team& t = team[n];
-                for (i64 r = 0; r < t.rows; r++) mine.x[r] = inner + pair[t.first + r] * width;
-                products(t.expert->down, from, to, mine.x, t.rows, width, f.group_size, mine.scratch, [&](i64 o, i64 r, float y) {
-                    const i64 p = pair[t.first + r];
-                    mine.sum[p / f.top_k * BLOCK + o - from] += weights[p] * rounded(y);
-                });
-            }
-            for (i64 i = 0; i < rows * BLOCK; i++) mine.sum[i] = rounded(mine.sum[i]);
-            if (f.gate) {
-                for (i64 r = 0; r < rows; r++) mine.x[r] = shared + r * f.width;
-                products(common.down, from, to, mine.x, rows, f.width, 0, mine.scratch, [&](i64 o, i64 r, float y) {
-                    float& sum = mine.sum[r * BLOCK + o - from];
-                    sum = rounded(sum + rounded(y));
-                });
-            }
-            for (i64 r = 0; r < rows; r++)
-                for (i64 o = from; o < to; o++) {
-                    const i64 at = r * f.hidden + o;
-                    out[at] = narrow((x ? wide(x[at]) : 0) + mine.sum[r * BLOCK + o - from]);
-                }
-        }
-    }
-}
-
-// out = x + down(silu(gate) * up) of norm(x): a dense layer.
-extern "C" void kimi_dense(const FeedForward* given, i64 rows, const bf16* x, bf16* out, i64 threads) {
-    const FeedForward& f = *given;
-    bf16 *normed, *inner;
-    Bench benches[MAX_THREADS];
-    arena.layout([&] {
-        normed = arena.take<bf16>(rows * f.hidden);
-        inner = arena.take<bf16>(rows * f.width + 32);
-        Bench::layout(benches, threads, rows, f.hidden, 1);
-    });
-    const Expert network = {{f.gate, nullptr}, {f.up, nullptr}, {f.down, nullptr}};
-    #pragma omp parallel num_threads(threads)
-    {
-        const Bench& mine = benches[omp_get_thread_num()];
-        for (Share s(rows); s.begin < s.end; s.begin++)
-            rms_norm(x + s.begin * f.hidden, f.norm, normed + s.begin * f.hidden, f.hidden, f.eps);
-        #pragma omp barrier
-        for (i64 r = 0; r < rows; r++) { mine.x[r] = normed + r * f.hidden; mine.inner[r] = inner + r * f.width; }
-        for (Share s(f.width, BLOCK); s.begin < s.end; s.begin += BLOCK)
-            gate_up(network, s.begin, std::min(s.begin + BLOCK, s.end), mine.x, rows, f.hidden, 0, mine.inner, mine.scratch,
-                    mine.gate, mine.up);
-        #pragma omp barrier
-        linear(f.down, f.hidden, f.width, inner, rows, Share(f.hidden, BLOCK), [&](i64 o, i64 r, float y) {
-            const i64 at = r * f.hidden + o;
-            out[at] = narrow(wide(x[at]) + rounded(y));
-        });
-    }
-}
-
-// out = x . w transposed, for the output layer.
-extern "C" void kimi_linear(const bf16* w, i64 outputs, i64 inputs, i64 rows, const bf16* x, bf16* out,
-                            i64 threads) {
-    #pragma omp parallel num_threads(threads)
-    linear(w, outputs, inputs, x, rows, Share(outputs, BLOCK), [&](i64 o, i64 r, float y) { out[r * outputs + o] = narrow(y); });
-}
-
-// INT4 words → the bfloat16 weights they stand for.
-extern "C" void kimi_dequantize(const uint8_t* words, const bf16* scales, i64 outputs, i64 inputs, i64 group, bf16* out,
-                                i64 threads) {
-    #pragma omp parallel num_threads(threads)
-    for (Share s(outputs); s.begin < s.end; s.begin++)
-        dequantize(words + s.begin * inputs / 2, scales + s.begin * (inputs / group), inputs, group, out + s.begin * inputs);
+// Two vectors of lanes as pairs: one word in each lane, the first below.
+static inline __m512i paired(__m512 one, __m512 two) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(narrow16(one)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(two)), 16));
 }
 """

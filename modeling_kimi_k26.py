@@ -31,8 +31,10 @@ from .text_kimi_k26 import KimiK26LanguageModel, KimiK26RMSNorm
 from .vision_kimi_k26 import KimiK26PositionTable, KimiK26Projector, KimiK26VisionTower
 
 # Not used here: version 4 of the library copies from a local folder only what the entry modules import themselves.
+from .attention_kernels_kimi_k26 import ATTENTION  # noqa: F401
 from .cache_kimi_k26 import LatentLayer  # noqa: F401
-from .kernels_kimi_k26 import SOURCE  # noqa: F401
+from .expert_kernels_kimi_k26 import EXPERTS  # noqa: F401
+from .kernels_kimi_k26 import COMMON  # noqa: F401
 from .native_kimi_k26 import library  # noqa: F401
 from .triton_kimi_k26 import grouped_experts  # noqa: F401
 from .vocabulary_kimi import read_ranks  # noqa: F401
@@ -367,6 +369,7 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         streams = others > memory
         self.language_model.model.streams = streams
         self.expert_store.clear()
+        self.expert_store.total = experts
         rest = memory // 2 if streams else memory - others
         self.expert_store.budget = rest if expert_budget is None else convert_file_size_to_int(expert_budget)
 

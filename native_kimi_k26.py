@@ -20,14 +20,17 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from .kernels_kimi_k26 import SOURCE
+from .attention_kernels_kimi_k26 import ATTENTION
+from .expert_kernels_kimi_k26 import EXPERTS
+from .kernels_kimi_k26 import COMMON
 
 
 logger = logging.get_logger(__name__)
 
+SOURCE = COMMON + ATTENTION + EXPERTS
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}  # as /proc/cpuinfo has them
 INPUTS = 32  # all products run over multiples of so many inputs
-MAX_HEADS = 4096
+MOST_ROWS = 32  # that are few: above, unpacking weights for many rows and the matrix products of PyTorch are faster
 
 i64, address = ctypes.c_int64, ctypes.c_void_p
 
@@ -80,6 +83,23 @@ class FeedForward(ctypes.Structure):
     ]
 
 
+class Layer(ctypes.Structure):
+    """`Layer` of the source: all that is known of one decoder layer."""
+
+    _fields_ = [
+        ("attention", Attention),
+        ("latents", Latents),
+        ("feed_forward", FeedForward),
+        *fields(address, "experts"),
+    ]
+
+
+class Step(ctypes.Structure):
+    """`Step` of the source: where one new token for each row passes through."""
+
+    _fields_ = [*fields(address, "x middle normed cos sin logits weights chosen"), *fields(i64, "rows used")]
+
+
 NativeAddresses = address * 6  # of an expert: values and scales of gate, up and down; no scales: the values are bfloat16
 
 
@@ -110,8 +130,9 @@ def library():
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(f"The CPU's own kernels could not be compiled; the model runs on PyTorch alone.\n{error}")
         return None
-    for function in ("attention", "prefill", "route", "experts", "dense", "linear", "dequantize"):
+    for function in ("attention", "prefill", "route", "experts", "many_experts", "dense", "linear", "dequantize"):
         getattr(kernels, f"kimi_{function}").restype = None
+    kernels.kimi_decode.restype = i64
     return kernels
 
 
@@ -188,10 +209,12 @@ def weighted_experts(x, weights, chosen, table, sizes: FeedForward) -> torch.Ten
     Returns:
         `torch.Tensor` of shape `(rows, hidden)`, bfloat16.
     """
-    out = torch.empty_like(x)
-    library().kimi_experts(
-        ctypes.byref(sizes), i64(x.shape[0]), None, *addresses(x, weights, chosen, table, out), i64(torch.get_num_threads())
-    )
+    out, kernels, threads = torch.empty_like(x), library(), i64(torch.get_num_threads())
+    given = addresses(x, weights, chosen, table, out)
+    if len(x) > MOST_ROWS:
+        kernels.kimi_many_experts(ctypes.byref(sizes), i64(len(x)), *given, threads)
+    else:
+        kernels.kimi_experts(ctypes.byref(sizes), i64(len(x)), None, *given, threads)
     return out
 
 

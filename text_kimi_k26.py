@@ -21,9 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_kimi_k26 import write_latents
 from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .decoding_kimi_k26 import native_layer, serves_attention
+from .decoding_kimi_k26 import native_decoder, serves_attention
 from .experts_kimi_k26 import ExpertStore, KimiK26MLP, KimiK26MoE, at_least_float32
-from .native_kimi_k26 import attention
+from .native_kimi_k26 import attention, is_plain
 from .parallel_kimi_k26 import Peers, check_split, local
 
 
@@ -426,10 +426,10 @@ class KimiK26DecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, rotary, span: AttentionSpan, past_key_values=None, output_attentions=False):
         """`(batch, length, hidden_size)` → the same, the attention weights or `None`, the router logits or `None`."""
-        native = None if output_attentions else native_layer(self, x, span, past_key_values)
+        native = None if output_attentions else native_decoder(self, (self,), x, span, past_key_values)
         if native is not None:
             x, router_logits = native(x, rotary, span, past_key_values)
-            return x, None, router_logits
+            return x, None, router_logits[0] if len(router_logits) else None
         out, weights = self.self_attn(self.input_layernorm(x), rotary, span, past_key_values, output_attentions)
         x = x + out
         out, router_logits = self.mlp(self.post_attention_layernorm(x)), None
@@ -457,6 +457,7 @@ class KimiK26TextModel(nn.Module):
         self.norm = KimiK26RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = KimiK26RotaryEmbedding(config)
         self.streams = False  # whether layers give their memory back after use, as they do not all fit
+        self.native = None  # what the native kernels know of all layers together
 
     def share_store(self, store: ExpertStore) -> ExpertStore:
         """Let the experts of all layers be kept in one store; give it back."""
@@ -464,6 +465,12 @@ class KimiK26TextModel(nn.Module):
             if isinstance(layer.mlp, KimiK26MoE):
                 layer.mlp.experts.store = store
         return store
+
+    def runs_through(self, layers) -> bool:
+        """Whether nobody looks at single layers and nothing must be read or given back between them."""
+        first = next((layer.mlp.experts for layer in layers if isinstance(layer.mlp, KimiK26MoE)), None)
+        resident = first is None or not first.store.bounded
+        return resident and not self.streams and all(is_plain(layer) for layer in layers)
 
     def forward(
         self,
@@ -513,7 +520,13 @@ class KimiK26TextModel(nn.Module):
 
         x, rotary = inputs_embeds, self.rotary_emb(position_ids)
         hidden_states, attentions, router_logits = (x,), (), ()
-        for layer in self.layers:
+        layers, native = self.layers, None
+        if not (output_hidden_states or output_attentions) and self.runs_through(layers):
+            native = native_decoder(self, layers, x, span, past_key_values)
+        if native is not None:  # all layers in one go
+            x, router_logits = native(x, rotary, span, past_key_values)
+            layers, router_logits = (), tuple(router_logits)
+        for layer in layers:
             x, weights, logits = layer(
                 x, rotary, span, past_key_values=past_key_values, output_attentions=output_attentions
             )

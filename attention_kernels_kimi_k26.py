@@ -1,0 +1,339 @@
+"""The CPU's kernels of attention: one new token per row over cached latents, and many tokens over expanded keys."""
+
+ATTENTION = r"""
+// ---------------------------------------------------------------------------------------- attention
+
+struct Attention {
+    const bf16 *norm, *q_a, *q_a_bias, *q_a_norm, *q_b, *kv_a, *kv_a_bias, *kv_a_norm, *kv_b, *o, *o_bias;
+    i64 hidden, q_lora, heads, nope, rope, v, rank;  // q_lora 0: q_b is applied to the hidden state itself
+    float eps, latent_eps, scale;
+};
+
+struct Latents {  // what a cache holds of one layer: addresses, and strides in elements
+    bf16 *latent, *rotary;
+    i64 latent_row, latent_key, rotary_row, rotary_key;
+    i64 past;             // keys before the new one
+    const uint8_t* mask;  // null, or (rows, keys): 0 for padding
+    i64 mask_row;
+};
+
+enum { KEYS = 64 };  // scored together: what is read of them stays in the nearer caches
+
+// Queries that read the same keys and values, one to a lane: the heads of one token over the latents, or the tokens of
+// one head over its expanded keys. A score has two parts, as queries and keys have: one that turns with the position, one
+// that does not. Queries are packed (see `lanes`), `groups` times sixteen of them.
+struct Part { const uint32_t* query; const bf16* key; i64 key_row, size; };
+struct Reading {
+    Part parts[2];
+    const bf16* value; i64 value_row, value_size;
+    const int32_t* limits;  // null, or how many keys each query may see
+    const uint8_t* mask;    // null, or for each key 0 for padding
+    float scale;
+};
+struct Sums {  // of each query: the largest score, the sum, the weighted values (value_size to a multiple of 16, lanes)
+    float *best, *total, *read;
+    float* scores; uint32_t *weights, *pairs;  // (KEYS, lanes), (KEYS / 2, lanes), (KEYS / 2, value_size): within a block
+    static i64 columns(i64 value_size) { return (value_size + LANES - 1) / LANES * LANES; }
+    void layout(i64 groups, i64 value_size) {
+        const i64 wide = groups * LANES;
+        best = arena.take<float>(wide); total = arena.take<float>(wide); read = arena.take<float>(columns(value_size) * wide);
+        scores = arena.take<float>(KEYS * wide); weights = arena.take<uint32_t>(KEYS / 2 * wide);
+        pairs = arena.take<uint32_t>(KEYS / 2 * columns(value_size));
+    }
+};
+
+// Words (one[c], two[c]) of two rows, in order of the columns; a missing second row is zero.
+static inline void interleave(const bf16* one, const bf16* two, i64 size, uint32_t* to) {
+    alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (i64 c = 0; c < size; c += 32) {
+        const __m512i a = (__m512i)load32(one + c, size - c), b = two ? (__m512i)load32(two + c, size - c) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(a, first, b));
+        if (c + 16 < size) _mm512_storeu_si512(to + c + 16, _mm512_permutex2var_epi16(a, second, b));
+    }
+}
+
+template <int G> static void attend(const Reading& a, i64 begin, i64 end, const Sums& s) {
+    constexpr int N = G == 1 ? 16 : 8;
+    const i64 columns = Sums::columns(a.value_size);
+    const __m512 never = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a.scale);
+    __m512 best[G], total[G];
+    __m512i limit[G];
+    i64 unlimited = end;  // keys before this one are seen by all queries
+    for (int g = 0; g < G; g++) {
+        best[g] = never; total[g] = _mm512_setzero_ps();
+        if (a.limits) {
+            limit[g] = _mm512_loadu_si512(a.limits + g * LANES);
+            unlimited = std::min<i64>(unlimited, _mm512_reduce_min_epi32(limit[g]));
+        }
+    }
+    memset(s.read, 0, columns * G * LANES * sizeof(float));
+    for (i64 block = begin; block < end; block += KEYS) {
+        const i64 keys = end - block < KEYS ? end - block : KEYS, pairs = (keys + 1) / 2;
+        i64 k = 0;
+        for (; k + N <= keys; k += N) {
+            __m512 sum[N][G];
+            for (int n = 0; n < N; n++) for (int g = 0; g < G; g++) sum[n][g] = _mm512_setzero_ps();
+            for (const Part& p : a.parts)
+                lanes<G, N>(p.query, (const uint32_t*)(p.key + (block + k) * p.key_row), p.key_row / 2, 1, p.size / 2, sum);
+            for (int n = 0; n < N; n++)
+                for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + ((k + n) * G + g) * LANES, _mm512_mul_ps(sum[n][g], scale));
+        }
+        for (; k < keys; k++) {
+            __m512 sum[1][G];
+            for (int g = 0; g < G; g++) sum[0][g] = _mm512_setzero_ps();
+            for (const Part& p : a.parts)
+                lanes<G, 1>(p.query, (const uint32_t*)(p.key + (block + k) * p.key_row), 0, 1, p.size / 2, sum);
+            for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + (k * G + g) * LANES, _mm512_mul_ps(sum[0][g], scale));
+        }
+        if (a.mask)
+            for (k = 0; k < keys; k++)
+                if (!a.mask[block + k]) for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + (k * G + g) * LANES, never);
+        for (k = std::max<i64>(0, unlimited - block); k < keys; k++)
+            for (int g = 0; g < G; g++) {
+                const __mmask16 hidden = _mm512_cmple_epi32_mask(limit[g], _mm512_set1_epi32(block + k));
+                _mm512_mask_storeu_ps(s.scores + (k * G + g) * LANES, hidden, never);
+            }
+        if (keys % 2) for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + (keys * G + g) * LANES, never);
+        __m512 shrink[G];
+        for (int g = 0; g < G; g++) {
+            const float* score = s.scores + g * LANES;
+            __m512 top = best[g];
+            for (k = 0; k < keys; k++) top = _mm512_max_ps(top, _mm512_loadu_ps(score + k * G * LANES));
+            // Where all is hidden so far any finite number serves: every weight becomes zero.
+            const __m512 from = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps());
+            shrink[g] = exp16(_mm512_sub_ps(best[g], from));
+            best[g] = top;
+            __m512 sum = _mm512_mul_ps(total[g], shrink[g]);
+            for (i64 p = 0; p < pairs; p++) {
+                const __m512 one = exp16(_mm512_sub_ps(_mm512_loadu_ps(score + 2 * p * G * LANES), from));
+                const __m512 two = exp16(_mm512_sub_ps(_mm512_loadu_ps(score + (2 * p + 1) * G * LANES), from));
+                sum = _mm512_add_ps(sum, _mm512_add_ps(one, two));
+                _mm512_storeu_si512(s.weights + (p * G + g) * LANES, paired(one, two));
+            }
+            total[g] = sum;
+        }
+        for (i64 p = 0; p < pairs; p++) {
+            const bf16* value = a.value + (block + 2 * p) * a.value_row;
+            interleave(value, 2 * p + 1 < keys ? value + a.value_row : nullptr, a.value_size, s.pairs + p * columns);
+        }
+        for (i64 column = 0; column < columns; column += N) {
+            __m512 sum[N][G];
+            float* read = s.read + column * G * LANES;
+            for (int n = 0; n < N; n++)
+                for (int g = 0; g < G; g++) sum[n][g] = _mm512_mul_ps(_mm512_loadu_ps(read + (n * G + g) * LANES), shrink[g]);
+            lanes<G, N>(s.weights, s.pairs + column, 1, columns, pairs, sum);
+            for (int n = 0; n < N; n++) for (int g = 0; g < G; g++) _mm512_storeu_ps(read + (n * G + g) * LANES, sum[n][g]);
+        }
+    }
+    for (int g = 0; g < G; g++) { _mm512_storeu_ps(s.best + g * LANES, best[g]); _mm512_storeu_ps(s.total + g * LANES, total[g]); }
+}
+
+struct Expanded {  // addresses, and strides in elements along (batch, token, head)
+    const bf16 *query, *turned, *key, *rotary, *value;
+    bf16* out;
+    i64 query_at[3], turned_at[3], key_at[3], rotary_at[3], value_at[3], out_at[3];
+    i64 batch, queries, keys, heads, nope, rope, v;
+    i64 first;  // place of the first query among the keys; each sees all up to itself
+    const uint8_t* mask; i64 mask_row;
+    float scale;
+};
+
+enum { QUERIES = 32 };  // of one head, that read together
+
+// Attention of many tokens over the expanded keys and values of some heads.
+extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
+    const Expanded& e = *given;
+    Sums sums[MAX_THREADS];
+    uint32_t *queries[MAX_THREADS], *turned[MAX_THREADS];
+    arena.layout([&] {
+        for (i64 t = 0; t < threads; t++) {
+            sums[t].layout(QUERIES / LANES, e.v);
+            queries[t] = arena.take<uint32_t>(QUERIES * e.nope / 2);
+            turned[t] = arena.take<uint32_t>(QUERIES * e.rope / 2);
+        }
+    });
+    const i64 blocks = (e.queries + QUERIES - 1) / QUERIES;
+    #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (i64 unit = 0; unit < blocks * e.batch * e.heads; unit++) {
+        // The longest first: the last queries see the most keys.
+        const i64 q = (blocks - 1 - unit / (e.batch * e.heads)) * QUERIES, b = unit / e.heads % e.batch, h = unit % e.heads;
+        const int me = omp_get_thread_num();
+        const Sums& s = sums[me];
+        auto at = [&](const i64* strides, i64 token) { return b * strides[0] + token * strides[1] + h * strides[2]; };
+        const i64 some = e.queries - q < QUERIES ? e.queries - q : QUERIES;
+        int32_t limits[QUERIES];
+        const bf16 *still[QUERIES], *turning[QUERIES];
+        for (i64 i = 0; i < QUERIES; i++) {
+            const i64 token = q + (i < some ? i : some - 1);  // lanes without a query repeat the last one
+            limits[i] = e.first + token + 1;
+            still[i] = e.query + at(e.query_at, token);
+            turning[i] = e.turned + at(e.turned_at, token);
+        }
+        for (int g = 0; g < QUERIES / LANES; g++) {
+            pack(still + g * LANES, LANES, e.nope / 2, queries[me] + g * LANES, QUERIES);
+            pack(turning + g * LANES, LANES, e.rope / 2, turned[me] + g * LANES, QUERIES);
+        }
+        const Reading reading = {
+            {{queries[me], e.key + at(e.key_at, 0), e.key_at[1], e.nope},
+             {turned[me], e.rotary + b * e.rotary_at[0], e.rotary_at[1], e.rope}},
+            e.value + at(e.value_at, 0), e.value_at[1], e.v, limits, e.mask ? e.mask + b * e.mask_row : nullptr, e.scale};
+        attend<QUERIES / LANES>(reading, 0, limits[some - 1] < e.keys ? limits[some - 1] : e.keys, s);
+        for (i64 d = 0; d < e.v; d += LANES) {
+            const __mmask16 there = e.v - d >= LANES ? 0xffff : (1 << (e.v - d)) - 1;
+            for (int g = 0; g < QUERIES / LANES; g++) {
+                const __m512 sum = _mm512_loadu_ps(s.total + g * LANES);
+                const __m512 factor = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_ps(1), sum);
+                __m512 column[LANES], row[LANES];
+                for (int c = 0; c < LANES; c++)
+                    column[c] = _mm512_mul_ps(_mm512_loadu_ps(s.read + (d + c) * QUERIES + g * LANES), factor);
+                rows_of(column, 1, row);
+                for (i64 i = g * LANES; i < std::min<i64>(some, (g + 1) * LANES); i++)
+                    _mm256_mask_storeu_epi16(e.out + at(e.out_at, q + i) + d, there, narrow16(row[i - g * LANES]));
+            }
+        }
+    }
+}
+
+// out = x + attention(norm(x)): one new token for each row, whose latent and rotary key are written into the cache.
+extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64 rows, const bf16* x, const float* cos,
+                               const float* sin, bf16* out, i64 threads) {
+    const Attention& a = *given;
+    const Latents& c = *cache;
+    const i64 head = a.nope + a.rope, keys = c.past + 1;
+    // Each row's keys are cut into as many pieces as there are threads, however many rows there are: a row's sums are
+    // then the same to the last bit in any company.
+    const i64 pieces = threads;
+    const i64 groups = (a.heads + LANES - 1) / LANES;  // of heads, one to a lane
+    bf16 *normed, *query_a, *key_value, *query, *absorbed, *turned, *read16, *value;
+    uint32_t *packed, *packed_turned;  // (rows, groups, pairs, lanes)
+    std::vector<Sums> sums(rows * groups * pieces);
+    arena.layout([&] {
+        normed = arena.take<bf16>(rows * a.hidden);
+        query_a = arena.take<bf16>(rows * (a.q_lora ? a.q_lora : 1));
+        key_value = arena.take<bf16>(rows * (a.rank + a.rope));
+        query = arena.take<bf16>(rows * a.heads * head);
+        absorbed = arena.take<bf16>(rows * a.heads * a.rank);
+        turned = arena.take<bf16>(rows * a.heads * a.rope);
+        packed = arena.take<uint32_t>(rows * groups * LANES * a.rank / 2);
+        packed_turned = arena.take<uint32_t>(rows * groups * LANES * a.rope / 2);
+        read16 = arena.take<bf16>(rows * a.heads * a.rank);
+        value = arena.take<bf16>(rows * a.heads * a.v);
+        for (Sums& one : sums) one.layout(1, a.rank);
+    });
+    #pragma omp parallel num_threads(threads)
+    {
+        for (Share s(rows); s.begin < s.end; s.begin++)
+            rms_norm(x + s.begin * a.hidden, a.norm, normed + s.begin * a.hidden, a.hidden, a.eps);
+        #pragma omp barrier
+        const i64 narrow_size = a.rank + a.rope;
+        if (a.q_lora)
+            linear(a.q_a, a.q_lora, a.hidden, normed, rows, Share(a.q_lora, BLOCK), [&](i64 o, i64 r, float y) {
+                query_a[r * a.q_lora + o] = narrow(a.q_a_bias ? y + wide(a.q_a_bias[o]) : y);
+            });
+        linear(a.kv_a, narrow_size, a.hidden, normed, rows, Share(narrow_size, BLOCK), [&](i64 o, i64 r, float y) {
+            key_value[r * narrow_size + o] = narrow(a.kv_a_bias ? y + wide(a.kv_a_bias[o]) : y);
+        });
+        #pragma omp barrier
+        for (Share s(rows); s.begin < s.end; s.begin++) {
+            const i64 r = s.begin;
+            if (a.q_lora) rms_norm(query_a + r * a.q_lora, a.q_a_norm, query_a + r * a.q_lora, a.q_lora, a.latent_eps);
+            const bf16* mine = key_value + r * narrow_size;
+            rms_norm(mine, a.kv_a_norm, c.latent + r * c.latent_row + c.past * c.latent_key, a.rank, a.latent_eps);
+            rotate(mine + a.rank, cos + r * a.rope / 2, sin + r * a.rope / 2, c.rotary + r * c.rotary_row + c.past * c.rotary_key, a.rope);
+        }
+        #pragma omp barrier
+        linear(a.q_b, a.heads * head, a.q_lora ? a.q_lora : a.hidden, a.q_lora ? query_a : normed, rows,
+               Share(a.heads * head, BLOCK), [&](i64 o, i64 r, float y) { query[r * a.heads * head + o] = narrow(y); });
+        #pragma omp barrier
+        // The expansion of keys moves into the query: (rows, nope) by (nope, rank) for each head.
+        for (Share s(a.heads * (a.rank / 32)); s.begin < s.end; s.begin++) {
+            const i64 h = s.begin / (a.rank / 32), column = s.begin % (a.rank / 32) * 32;
+            const bf16* to_key = a.kv_b + h * (a.nope + a.v) * a.rank + column;
+            for (i64 first = 0; first < rows; first += ROWS) {
+                const int some = rows - first < ROWS ? rows - first : ROWS;
+                __m512 sum[ROWS][2];
+                for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+                const uint32_t* q = (const uint32_t*)(query + (first * a.heads + h) * head);  // two neighbours: a pair
+                if (some == ROWS) weigh<ROWS>(to_key, a.rank, 32, a.nope / 2, q, a.heads * head / 2, sum);
+                else for (int i = 0; i < some; i++) weigh<1>(to_key, a.rank, 32, a.nope / 2, q + i * a.heads * head / 2, 0, sum + i);
+                for (int i = 0; i < some; i++) {
+                    __m512 one, two;
+                    columns_of(sum[i], one, two);
+                    bf16* to = absorbed + ((first + i) * a.heads + h) * a.rank + column;
+                    _mm256_storeu_si256((__m256i*)to, narrow16(one));
+                    _mm256_storeu_si256((__m256i*)(to + 16), narrow16(two));
+                }
+            }
+        }
+        for (Share s(rows * a.heads); s.begin < s.end; s.begin++) {
+            const i64 r = s.begin / a.heads;
+            rotate(query + s.begin * head + a.nope, cos + r * a.rope / 2, sin + r * a.rope / 2, turned + s.begin * a.rope, a.rope);
+        }
+        #pragma omp barrier
+        for (Share s(rows * groups); s.begin < s.end; s.begin++) {
+            const i64 r = s.begin / groups, first = s.begin % groups * LANES, some = std::min<i64>(LANES, a.heads - first);
+            const bf16 *still[LANES], *turning[LANES];
+            for (i64 i = 0; i < some; i++) {
+                still[i] = absorbed + (r * a.heads + first + i) * a.rank;
+                turning[i] = turned + (r * a.heads + first + i) * a.rope;
+            }
+            pack(still, some, a.rank / 2, packed + s.begin * LANES * a.rank / 2, LANES);
+            pack(turning, some, a.rope / 2, packed_turned + s.begin * LANES * a.rope / 2, LANES);
+        }
+        #pragma omp barrier
+        for (Share s(rows * groups * pieces); s.begin < s.end; s.begin++) {
+            const i64 at = s.begin / pieces, r = at / groups, piece = s.begin % pieces;
+            const bf16* latent = c.latent + r * c.latent_row;
+            const Reading reading = {
+                {{packed + at * LANES * a.rank / 2, latent, c.latent_key, a.rank},
+                 {packed_turned + at * LANES * a.rope / 2, c.rotary + r * c.rotary_row, c.rotary_key, a.rope}},
+                latent, c.latent_key, a.rank, nullptr, c.mask ? c.mask + r * c.mask_row : nullptr, a.scale};
+            attend<1>(reading, keys * piece / pieces, keys * (piece + 1) / pieces, sums[s.begin]);
+        }
+        #pragma omp barrier
+        // The pieces become one, sixteen columns at a time; then the expansion of values, rank → v for each head.
+        for (Share s(rows * groups * (a.rank / LANES)); s.begin < s.end; s.begin++) {
+            const i64 at = s.begin / (a.rank / LANES), column = s.begin % (a.rank / LANES) * LANES;
+            const Sums* mine = sums.data() + at * pieces;
+            const __m512 never = _mm512_set1_ps(-INFINITY);
+            __m512 top = never, sum = _mm512_setzero_ps(), all[LANES], row[LANES];
+            for (i64 p = 0; p < pieces; p++) top = _mm512_max_ps(top, _mm512_loadu_ps(mine[p].best));
+            top = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps());
+            for (int i = 0; i < LANES; i++) all[i] = _mm512_setzero_ps();
+            for (i64 p = 0; p < pieces; p++) {
+                const __m512 factor = exp16(_mm512_sub_ps(_mm512_loadu_ps(mine[p].best), top));
+                sum = _mm512_fmadd_ps(factor, _mm512_loadu_ps(mine[p].total), sum);
+                for (int i = 0; i < LANES; i++)
+                    all[i] = _mm512_fmadd_ps(_mm512_loadu_ps(mine[p].read + (column + i) * LANES), factor, all[i]);
+            }
+            const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1), _mm512_max_ps(sum, _mm512_set1_ps(1e-30f)));
+            for (int i = 0; i < LANES; i++) all[i] = _mm512_mul_ps(all[i], factor);
+            rows_of(all, 1, row);
+            const i64 r = at / groups, first = at % groups * LANES;
+            for (i64 i = 0; i < std::min<i64>(LANES, a.heads - first); i++)
+                _mm256_storeu_si256((__m256i*)(read16 + (r * a.heads + first + i) * a.rank + column), narrow16(row[i]));
+        }
+        #pragma omp barrier
+        for (Share s(a.heads * a.v, 4); s.begin < s.end; s.begin += 4) {
+            const i64 h = s.begin / a.v, d = s.begin % a.v;
+            const bf16* to_value = a.kv_b + (h * (a.nope + a.v) + a.nope + d) * a.rank;
+            for (i64 first = 0; first < rows; first += ROWS) {
+                const int some = rows - first < ROWS ? rows - first : ROWS;
+                const bf16* from[ROWS];
+                float y[BLOCK][ROWS];
+                for (int i = 0; i < some; i++) from[i] = read16 + ((first + i) * a.heads + h) * a.rank;
+                product({to_value, nullptr}, 0, 4, from, some, a.rank, 0, y);
+                for (int i = 0; i < some; i++)
+                    for (int j = 0; j < 4; j++) value[(first + i) * a.heads * a.v + s.begin + j] = narrow(y[j][i]);
+            }
+        }
+        #pragma omp barrier
+        linear(a.o, a.hidden, a.heads * a.v, value, rows, Share(a.hidden, BLOCK), [&](i64 o, i64 r, float y) {
+            const i64 at = r * a.hidden + o;
+            out[at] = narrow(wide(x[at]) + rounded(a.o_bias ? y + wide(a.o_bias[o]) : y));
+        });
+    }
+}
+"""
