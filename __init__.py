@@ -17,6 +17,7 @@ _MODULE_OF = {
     "KimiK26ImageProcessor": "processing_kimi_k26",
     "KimiK26Processor": "processing_kimi_k26",
     "KimiK26ForConditionalGeneration": "modeling_kimi_k26",
+    "QuantizedLatentCache": "cache_kimi_k26",
 }
 
 __all__ = list(_MODULE_OF)

@@ -26,6 +26,7 @@ struct Part { const uint32_t* query; const bf16* key; i64 key_row, size; };
 struct Reading {
     Part parts[2];
     const bf16* value; i64 value_row, value_size;
+    const uint32_t* pairs;  // null, or the values of every two keys interleaved already
     const int32_t* limits;  // null, or how many keys each query may see
     const uint8_t* mask;    // null, or for each key 0 for padding
     float scale;
@@ -114,7 +115,8 @@ template <int G> static void attend(const Reading& a, i64 begin, i64 end, const 
             }
             total[g] = sum;
         }
-        for (i64 p = 0; p < pairs; p++) {
+        const uint32_t* values = a.pairs ? a.pairs + block / 2 * columns : s.pairs;
+        for (i64 p = 0; p < pairs && !a.pairs; p++) {
             const bf16* value = a.value + (block + 2 * p) * a.value_row;
             interleave(value, 2 * p + 1 < keys ? value + a.value_row : nullptr, a.value_size, s.pairs + p * columns);
         }
@@ -123,7 +125,7 @@ template <int G> static void attend(const Reading& a, i64 begin, i64 end, const 
             float* read = s.read + column * G * LANES;
             for (int n = 0; n < N; n++)
                 for (int g = 0; g < G; g++) sum[n][g] = _mm512_mul_ps(_mm512_loadu_ps(read + (n * G + g) * LANES), shrink[g]);
-            lanes<G, N>(s.weights, s.pairs + column, 1, columns, pairs, sum);
+            lanes<G, N>(s.weights, values + column, 1, columns, pairs, sum);
             for (int n = 0; n < N; n++) for (int g = 0; g < G; g++) _mm512_storeu_ps(read + (n * G + g) * LANES, sum[n][g]);
         }
     }
@@ -140,57 +142,75 @@ struct Expanded {  // addresses, and strides in elements along (batch, token, he
     float scale;
 };
 
-enum { QUERIES = 32 };  // of one head, that read together
+enum { QUERIES = 32, HELD = 1 << 24 };  // queries of one head that read together; bytes of expanded keys and values held at once
 
-// Attention of many tokens over the expanded keys and values of some heads.
+// Attention of many tokens over the expanded keys and values of some heads. They are copied first, a few heads at a time:
+// each key with its rotary part, values in pairs, those of one head side by side.
 extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
     const Expanded& e = *given;
+    const i64 size = e.nope + e.rope, columns = Sums::columns(e.v), pairs = (e.keys + 1) / 2, heads = e.batch * e.heads;
+    const i64 some_heads = std::clamp<i64>(HELD / (e.keys * (size + columns) * sizeof(bf16)), 1, heads);
     Sums sums[MAX_THREADS];
-    uint32_t *queries[MAX_THREADS], *turned[MAX_THREADS];
+    uint32_t *queries[MAX_THREADS], *values;
+    bf16* keys;
     arena.layout([&] {
+        keys = arena.take<bf16>(some_heads * e.keys * size);
+        values = arena.take<uint32_t>(some_heads * pairs * columns);
         for (i64 t = 0; t < threads; t++) {
             sums[t].layout(QUERIES / LANES, e.v);
-            queries[t] = arena.take<uint32_t>(QUERIES * e.nope / 2);
-            turned[t] = arena.take<uint32_t>(QUERIES * e.rope / 2);
+            queries[t] = arena.take<uint32_t>(QUERIES * size / 2);
         }
     });
     const i64 blocks = (e.queries + QUERIES - 1) / QUERIES;
-    #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (i64 unit = 0; unit < blocks * e.batch * e.heads; unit++) {
-        // The longest first: the last queries see the most keys.
-        const i64 q = (blocks - 1 - unit / (e.batch * e.heads)) * QUERIES, b = unit / e.heads % e.batch, h = unit % e.heads;
-        const int me = omp_get_thread_num();
-        const Sums& s = sums[me];
-        auto at = [&](const i64* strides, i64 token) { return b * strides[0] + token * strides[1] + h * strides[2]; };
-        const i64 some = e.queries - q < QUERIES ? e.queries - q : QUERIES;
-        int32_t limits[QUERIES];
-        const bf16 *still[QUERIES], *turning[QUERIES];
-        for (i64 i = 0; i < QUERIES; i++) {
-            const i64 token = q + (i < some ? i : some - 1);  // lanes without a query repeat the last one
-            limits[i] = e.first + token + 1;
-            still[i] = e.query + at(e.query_at, token);
-            turning[i] = e.turned + at(e.turned_at, token);
+    #pragma omp parallel num_threads(threads)
+    for (i64 start = 0; start < heads; start += some_heads) {
+        const i64 held = std::min(some_heads, heads - start);
+        #pragma omp for schedule(static)
+        for (i64 at = 0; at < held * pairs; at++) {
+            const i64 n = at / pairs, b = (start + n) / e.heads, h = (start + n) % e.heads, k = at % pairs * 2;
+            for (i64 i = k; i < std::min(k + 2, e.keys); i++) {
+                bf16* to = keys + (n * e.keys + i) * size;
+                memcpy(to, e.key + b * e.key_at[0] + i * e.key_at[1] + h * e.key_at[2], e.nope * sizeof(bf16));
+                memcpy(to + e.nope, e.rotary + b * e.rotary_at[0] + i * e.rotary_at[1], e.rope * sizeof(bf16));
+            }
+            const bf16* value = e.value + b * e.value_at[0] + k * e.value_at[1] + h * e.value_at[2];
+            interleave(value, k + 1 < e.keys ? value + e.value_at[1] : nullptr, e.v, values + (n * pairs + k / 2) * columns);
         }
-        for (int g = 0; g < QUERIES / LANES; g++) {
-            pack(still + g * LANES, LANES, e.nope / 2, queries[me] + g * LANES, QUERIES);
-            pack(turning + g * LANES, LANES, e.rope / 2, turned[me] + g * LANES, QUERIES);
-        }
-        const Reading reading = {
-            {{queries[me], e.key + at(e.key_at, 0), e.key_at[1], e.nope},
-             {turned[me], e.rotary + b * e.rotary_at[0], e.rotary_at[1], e.rope}},
-            e.value + at(e.value_at, 0), e.value_at[1], e.v, limits, e.mask ? e.mask + b * e.mask_row : nullptr, e.scale};
-        attend<QUERIES / LANES>(reading, 0, limits[some - 1] < e.keys ? limits[some - 1] : e.keys, s);
-        for (i64 d = 0; d < e.v; d += LANES) {
-            const __mmask16 there = e.v - d >= LANES ? 0xffff : (1 << (e.v - d)) - 1;
+        #pragma omp for schedule(dynamic, 1)
+        for (i64 unit = 0; unit < blocks * held; unit++) {
+            // The longest first: the last queries see the most keys.
+            const i64 q = (blocks - 1 - unit / held) * QUERIES, n = unit % held, b = (start + n) / e.heads, h = (start + n) % e.heads;
+            const int me = omp_get_thread_num();
+            const Sums& s = sums[me];
+            auto at = [&](const i64* strides, i64 token) { return b * strides[0] + token * strides[1] + h * strides[2]; };
+            const i64 some = e.queries - q < QUERIES ? e.queries - q : QUERIES;
+            int32_t limits[QUERIES];
+            const bf16 *still[QUERIES], *turning[QUERIES];
+            for (i64 i = 0; i < QUERIES; i++) {
+                const i64 token = q + (i < some ? i : some - 1);  // lanes without a query repeat the last one
+                limits[i] = e.first + token + 1;
+                still[i] = e.query + at(e.query_at, token);
+                turning[i] = e.turned + at(e.turned_at, token);
+            }
             for (int g = 0; g < QUERIES / LANES; g++) {
-                const __m512 sum = _mm512_loadu_ps(s.total + g * LANES);
-                const __m512 factor = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_ps(1), sum);
-                __m512 column[LANES], row[LANES];
-                for (int c = 0; c < LANES; c++)
-                    column[c] = _mm512_mul_ps(_mm512_loadu_ps(s.read + (d + c) * QUERIES + g * LANES), factor);
-                rows_of(column, 1, row);
-                for (i64 i = g * LANES; i < std::min<i64>(some, (g + 1) * LANES); i++)
-                    _mm256_mask_storeu_epi16(e.out + at(e.out_at, q + i) + d, there, narrow16(row[i - g * LANES]));
+                pack(still + g * LANES, LANES, e.nope / 2, queries[me] + g * LANES, QUERIES);
+                pack(turning + g * LANES, LANES, e.rope / 2, queries[me] + e.nope / 2 * QUERIES + g * LANES, QUERIES);
+            }
+            const Reading reading = {{{queries[me], keys + n * e.keys * size, size, size}, {}}, nullptr, 0, e.v,
+                                     values + n * pairs * columns, limits, e.mask ? e.mask + b * e.mask_row : nullptr, e.scale};
+            attend<QUERIES / LANES>(reading, 0, limits[some - 1] < e.keys ? limits[some - 1] : e.keys, s);
+            for (i64 d = 0; d < e.v; d += LANES) {
+                const __mmask16 there = e.v - d >= LANES ? 0xffff : (1 << (e.v - d)) - 1;
+                for (int g = 0; g < QUERIES / LANES; g++) {
+                    const __m512 sum = _mm512_loadu_ps(s.total + g * LANES);
+                    const __m512 factor = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_ps(1), sum);
+                    __m512 column[LANES], row[LANES];
+                    for (int c = 0; c < LANES; c++)
+                        column[c] = _mm512_mul_ps(_mm512_loadu_ps(s.read + (d + c) * QUERIES + g * LANES), factor);
+                    rows_of(column, 1, row);
+                    for (i64 i = g * LANES; i < std::min<i64>(some, (g + 1) * LANES); i++)
+                        _mm256_mask_storeu_epi16(e.out + at(e.out_at, q + i) + d, there, narrow16(row[i - g * LANES]));
+                }
             }
         }
     }
@@ -289,7 +309,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
             const Reading reading = {
                 {{packed + at * LANES * a.rank / 2, latent, c.latent_key, a.rank},
                  {packed_turned + at * LANES * a.rope / 2, c.rotary + r * c.rotary_row, c.rotary_key, a.rope}},
-                latent, c.latent_key, a.rank, nullptr, c.mask ? c.mask + r * c.mask_row : nullptr, a.scale};
+                latent, c.latent_key, a.rank, nullptr, nullptr, c.mask ? c.mask + r * c.mask_row : nullptr, a.scale};
             attend<1>(reading, keys * piece / pieces, keys * (piece + 1) / pieces, sums[s.begin]);
         }
         #pragma omp barrier

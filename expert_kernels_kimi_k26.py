@@ -181,105 +181,138 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
     }
 }
 
-enum { TILE = 32, OUTPUTS = 8 };  // rows and outputs multiplied at once, many rows
+// Rows multiplied at once, a tile; pairs of inputs of a tile that stay in the first cache; outputs of one piece of work.
+enum { TILE = 32, CHUNK = 192, PANEL = 64 };
 
-// Some weights of a matrix as they are or unpacked into `scratch`: (outputs, k).
-static const bf16* unpacked(Matrix m, i64 from, i64 to, i64 k, i64 group, bf16* scratch) {
-    if (!m.scales) return (const bf16*)m.values + from * k;
+// Some weights of a matrix, as they are or unpacked into `scratch`, with the distance between rows: one that is no power
+// of two where we have the choice, as the first cache would keep few rows of the others.
+struct Panel { const bf16* weights; i64 row; };
+static Panel panel(Matrix m, i64 from, i64 to, i64 k, i64 group, bf16* scratch) {
+    if (!m.scales) return {(const bf16*)m.values + from * k, k};
+    const i64 row = k + LANES * 2;
     for (i64 o = from; o < to; o++)
-        dequantize((const uint8_t*)m.values + o * k / 2, m.scales + o * (k / group), k, group, scratch + (o - from) * k);
-    return scratch;
+        dequantize((const uint8_t*)m.values + o * k / 2, m.scales + o * (k / group), k, group, scratch + (o - from) * row);
+    return {scratch, row};
 }
 
-// sum[o][g] = w[o] . x for up to `OUTPUTS` outputs, a tile of packed rows.
-static void tile(const uint32_t* x, const bf16* w, i64 outputs, i64 k, __m512 (&sum)[OUTPUTS][TILE / LANES]) {
-    for (auto& one : sum) for (auto& part : one) part = _mm512_setzero_ps();
-    if (outputs == OUTPUTS) return lanes<TILE / LANES, OUTPUTS>(x, (const uint32_t*)w, k / 2, 1, k / 2, sum);
-    for (i64 o = 0; o < outputs; o++)
-        lanes<TILE / LANES, 1>(x, (const uint32_t*)(w + o * k), 0, 1, k / 2, *(__m512(*)[1][TILE / LANES])&sum[o]);
+// y[o][lane] = w[o] . x for a panel and a tile of packed rows: (outputs, G * LANES).
+template <int G> static void multiply(const uint32_t* x, Panel w, i64 outputs, i64 k, float* y) {
+    constexpr int N = G == 1 ? 16 : 8;
+    for (i64 begin = 0; begin < k / 2; begin += CHUNK) {
+        const i64 pairs = std::min<i64>(CHUNK, k / 2 - begin);
+        auto some = [&](i64 o, auto& sum) {
+            constexpr int count = sizeof(sum) / sizeof(sum[0]);
+            for (int n = 0; n < count; n++)
+                for (int g = 0; g < G; g++) sum[n][g] = begin ? _mm512_loadu_ps(y + ((o + n) * G + g) * LANES) : _mm512_setzero_ps();
+            lanes<G, count>(x + begin * G * LANES, (const uint32_t*)(w.weights + o * w.row) + begin, w.row / 2, 1, pairs, sum);
+            for (int n = 0; n < count; n++)
+                for (int g = 0; g < G; g++) _mm512_storeu_ps(y + ((o + n) * G + g) * LANES, sum[n][g]);
+        };
+        i64 o = 0;
+        for (; o + N <= outputs; o += N) { __m512 sum[N][G]; some(o, sum); }
+        for (; o < outputs; o++) { __m512 sum[1][G]; some(o, sum); }
+    }
 }
 
 static inline __m512 rounded16(__m512 x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(x)), 16));
 }
-static inline __m512 swish(__m512 gate, __m512 up) {  // bf16(silu(gate)) * up
-    const __m512 g = rounded16(gate), s = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1), exp16(_mm512_sub_ps(_mm512_setzero_ps(), g))));
-    return _mm512_mul_ps(rounded16(s), rounded16(up));
+static inline __m512 swish(const float* gate, const float* up) {  // bf16(silu(gate)) * up
+    const __m512 g = rounded16(_mm512_loadu_ps(gate)), s = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1), exp16(_mm512_sub_ps(_mm512_setzero_ps(), g))));
+    return _mm512_mul_ps(rounded16(s), rounded16(_mm512_loadu_ps(up)));
 }
 
-// The weighted sum of each row's experts, for many rows: an expert's weights are unpacked once, a block of outputs at a
+// The weighted sum of each row's experts, for many rows: an expert's weights are unpacked once, a panel of outputs at a
 // time, and meet its rows, one to a lane. All threads work on one expert, each on outputs of its own.
+struct Many {
+    const FeedForward& f;
+    const float* weights;
+    const i64* pair;          // of the expert at hand: (row, choice) of each of its rows
+    uint32_t *packed, *inner;  // (tiles, pairs of inputs, lanes)
+    float* sums;              // (rows, hidden)
+
+    template <int G> void gate_up(i64 tile, Panel gate, Panel up, i64 o, i64 outputs, float* y) const {
+        const uint32_t* x = packed + tile * TILE * (f.hidden / 2);
+        float* z = y + PANEL * TILE;
+        multiply<G>(x, gate, outputs, f.hidden, y);
+        multiply<G>(x, up, outputs, f.hidden, z);
+        uint32_t* to = inner + tile * TILE * (f.expert_width / 2) + o / 2 * G * LANES;
+        for (i64 at = 0; at < outputs * G; at += 2 * G)
+            for (int g = 0; g < G; g++) {
+                const i64 one = (at + g) * LANES, two = one + G * LANES;
+                _mm512_storeu_si512(to + (at / 2 + g) * LANES, paired(swish(y + one, z + one), swish(y + two, z + two)));
+            }
+    }
+    template <int G> void down(i64 tile, i64 rows, Panel w, i64 o, i64 outputs, float* y) const {
+        multiply<G>(inner + tile * TILE * (f.expert_width / 2), w, outputs, f.expert_width, y);
+        for (i64 first = 0; first < rows; first += LANES)
+            for (i64 at = 0; at < outputs; at += LANES) {
+                __m512 column[LANES], row[LANES];
+                for (int c = 0; c < LANES; c++) column[c] = _mm512_loadu_ps(y + (at + c) * G * LANES + first);
+                rows_of(column, 1, row);
+                for (i64 i = 0; i < std::min<i64>(LANES, rows - first); i++) {
+                    const i64 p = pair[tile * TILE + first + i];
+                    float* to = sums + p / f.top_k * f.hidden + o + at;
+                    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(weights[p]), rounded16(row[i]), _mm512_loadu_ps(to)));
+                }
+            }
+    }
+};
 extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16* x, const float* weights, const i64* chosen,
                                   const Expert* const* table, bf16* out, i64 threads) {
     const FeedForward& f = *given;
-    const i64 width = f.expert_width, hidden = f.hidden, group = f.group_size;
+    const i64 width = f.expert_width, hidden = f.hidden, group = f.group_size, widest = std::max(hidden, width) + LANES * 2;
     sort_pairs(chosen, table, rows * f.top_k, teams, order);
     i64 most = 0;
     for (const Team& t : teams) most = std::max(most, (t.rows + TILE - 1) / TILE);
-    uint32_t *packed, *inner;  // (tiles, pairs of inputs, TILE)
-    float* sums;               // (rows, hidden)
-    bf16* scratch[MAX_THREADS];
+    Many all = {f, weights};
+    struct Mine { bf16* scratch; float* y; } benches[MAX_THREADS];
     arena.layout([&] {
-        packed = arena.take<uint32_t>(most * TILE * hidden / 2);
-        inner = arena.take<uint32_t>(most * TILE * width / 2);
-        sums = arena.take<float>(rows * hidden);
-        for (i64 t = 0; t < threads; t++) scratch[t] = arena.take<bf16>(2 * LANES * std::max(hidden, width));
+        all.packed = arena.take<uint32_t>(most * TILE * hidden / 2);
+        all.inner = arena.take<uint32_t>(most * TILE * width / 2);
+        all.sums = arena.take<float>(rows * hidden);
+        for (i64 t = 0; t < threads; t++) benches[t] = {arena.take<bf16>(2 * PANEL * widest), arena.take<float>(2 * PANEL * TILE)};
     });
     const i64* pair = order.data();
     const Team* team = teams.data();  // of this thread, which all read
     const i64 count = teams.size();
     #pragma omp parallel num_threads(threads)
     {
-        bf16* const mine = scratch[omp_get_thread_num()];
-        for (Share s(rows); s.begin < s.end; s.begin++) memset(sums + s.begin * hidden, 0, hidden * sizeof(float));
+        const Mine mine = benches[omp_get_thread_num()];
+        Many work = all;
+        for (Share s(rows); s.begin < s.end; s.begin++) memset(work.sums + s.begin * hidden, 0, hidden * sizeof(float));
         for (i64 e = 0; e < count; e++) {
             const Team& t = team[e];
             const i64 tiles = (t.rows + TILE - 1) / TILE;
-            for (Share s(tiles * (TILE / LANES)); s.begin < s.end; s.begin++) {
-                const i64 first = s.begin * LANES;
+            work.pair = pair + t.first;
+            // Half a tile is enough for the last few rows.
+            auto left = [&](i64 tile) { return std::min<i64>(TILE, t.rows - tile * TILE); };
+            for (Share s((t.rows + LANES - 1) / LANES); s.begin < s.end; s.begin++) {
+                const i64 first = s.begin * LANES, tile = first / TILE;
                 const bf16* from[LANES];
-                for (i64 i = 0; i < LANES && first + i < t.rows; i++) from[i] = x + pair[t.first + first + i] / f.top_k * hidden;
-                pack(from, t.rows - first, hidden / 2, packed + first / TILE * TILE * (hidden / 2) + first % TILE, TILE);
+                for (i64 i = 0; i < LANES && first + i < t.rows; i++) from[i] = x + work.pair[first + i] / f.top_k * hidden;
+                pack(from, t.rows - first, hidden / 2, work.packed + tile * TILE * (hidden / 2) + first % TILE,
+                     left(tile) > LANES ? TILE : LANES);
             }
             #pragma omp barrier
             #pragma omp for schedule(dynamic, 1)
-            for (i64 o = 0; o < width; o += OUTPUTS) {
-                const i64 some = std::min<i64>(OUTPUTS, width - o);
-                const bf16* gate = unpacked(t.expert->gate, o, o + some, hidden, group, mine);
-                const bf16* up = unpacked(t.expert->up, o, o + some, hidden, group, mine + OUTPUTS * hidden);
-                for (i64 n = 0; n < tiles; n++) {
-                    __m512 g[OUTPUTS][TILE / LANES], u[OUTPUTS][TILE / LANES];
-                    tile(packed + n * TILE * (hidden / 2), gate, some, hidden, g);
-                    tile(packed + n * TILE * (hidden / 2), up, some, hidden, u);
-                    for (i64 i = 0; i < some; i += 2)
-                        for (int l = 0; l < TILE / LANES; l++)
-                            _mm512_storeu_si512(inner + (n * (width / 2) + (o + i) / 2) * TILE + l * LANES,
-                                                paired(swish(g[i][l], u[i][l]), swish(g[i + 1][l], u[i + 1][l])));
-                }
+            for (i64 o = 0; o < width; o += PANEL) {
+                const i64 some = std::min<i64>(PANEL, width - o);
+                const Panel gate = panel(t.expert->gate, o, o + some, hidden, group, mine.scratch);
+                const Panel up = panel(t.expert->up, o, o + some, hidden, group, mine.scratch + PANEL * widest);
+                for (i64 n = 0; n < tiles; n++)
+                    left(n) > LANES ? work.gate_up<2>(n, gate, up, o, some, mine.y) : work.gate_up<1>(n, gate, up, o, some, mine.y);
             }
             #pragma omp for schedule(dynamic, 1)
-            for (i64 o = 0; o < hidden; o += LANES) {
-                const bf16* down = unpacked(t.expert->down, o, o + LANES, width, group, mine);
-                for (i64 n = 0; n < tiles; n++) {
-                    __m512 y[LANES / OUTPUTS][OUTPUTS][TILE / LANES];
-                    for (int half = 0; half < LANES / OUTPUTS; half++)
-                        tile(inner + n * TILE * (width / 2), down + half * OUTPUTS * width, OUTPUTS, width, y[half]);
-                    for (int l = 0; l < TILE / LANES; l++) {
-                        const i64 first = n * TILE + l * LANES;
-                        if (first >= t.rows) break;
-                        __m512 row[LANES];
-                        rows_of(&y[0][0][l], TILE / LANES, row);
-                        for (i64 i = 0; i < LANES && first + i < t.rows; i++) {
-                            const i64 p = pair[t.first + first + i];
-                            float* to = sums + p / f.top_k * hidden + o;
-                            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(weights[p]), rounded16(row[i]), _mm512_loadu_ps(to)));
-                        }
-                    }
-                }
+            for (i64 o = 0; o < hidden; o += PANEL) {
+                const i64 some = std::min<i64>(PANEL, hidden - o);
+                const Panel down = panel(t.expert->down, o, o + some, width, group, mine.scratch);
+                for (i64 n = 0; n < tiles; n++)
+                    left(n) > LANES ? work.down<2>(n, left(n), down, o, some, mine.y) : work.down<1>(n, left(n), down, o, some, mine.y);
             }
         }
         for (Share s(rows * hidden, LANES); s.begin < s.end; s.begin += LANES)
-            _mm256_storeu_si256((__m256i*)(out + s.begin), narrow16(_mm512_loadu_ps(sums + s.begin)));
+            _mm256_storeu_si256((__m256i*)(out + s.begin), narrow16(_mm512_loadu_ps(work.sums + s.begin)));
     }
 }
 

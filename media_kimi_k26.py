@@ -2,7 +2,8 @@
 
 Sizes are checked before pixels are decoded, and anything that is damaged, of the wrong kind or over a stated limit
 raises `MediaError`. A video is read twice: once packet by packet, to count its frames exactly and learn their times
-without decoding, and once to decode what lies between key frames and the frames that are asked for.
+without decoding, and once to decode what lies between key frames and the frames that are asked for, less the frames
+that no other needs.
 
 EXIF orientation and the rotation flag of phone videos are not applied: the published pipeline does not apply them.
 (The library's own loader, which serves `http(s)` sources, does apply EXIF orientation.)
@@ -26,6 +27,7 @@ from typing import Any, Optional
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from PIL import Image, UnidentifiedImageError
 from transformers.image_utils import load_image as library_load_image
 from transformers.video_utils import load_video as library_load_video
@@ -369,7 +371,8 @@ class _Timeline:
 
     pts: presentation times in decode order; shown: decode-order index of the k-th frame in presentation order, or
     None where the container has no usable times and frames can only be counted; keys: decode-order indices of the
-    packets a decoder can start from.
+    packets a decoder can start from; seekable: whether the container can go to each of these; sparing: whether the
+    decoder can be told to leave out frames that no other frame is made from.
     """
 
     name: str
@@ -381,6 +384,11 @@ class _Timeline:
     shown: Optional[list[int]]
     keys: list[int]
     seekable: bool
+    sparing: bool
+
+
+# Codecs that mark frames no other is made from, whatever else is left out (HEVC's marks hold within a temporal layer).
+SPARING = ("h264", "mpeg4")
 
 
 class _Nameless:
@@ -512,7 +520,8 @@ def _read_timeline(file: Any, name: str, limits: MediaLimits) -> _Timeline:
         _check_video(total, fps, width, height, limits)
         # seeking is exact where an index of key frames exists; elsewhere the stream is read from its start
         seekable = usable and bool({"mp4", "matroska", "webm"} & set(container.format.name.split(",")))
-        return _Timeline(name, total, fps, width, height, pts, shown if usable else None, keys, seekable)
+        sparing = stream.codec_context.name in SPARING
+        return _Timeline(name, total, fps, width, height, pts, shown if usable else None, keys, seekable, sparing)
     except av.FFmpegError as error:
         raise MediaError(f"{name} is damaged or truncated: {error}") from error
     finally:
@@ -544,7 +553,7 @@ def _decode(file: Any, owned: bool, timeline: _Timeline, indices: list[int]) -> 
             found = enumerate(_decode_all(file, timeline.name))
         else:
             found = _decode_needed(file, timeline, indices)
-        position, image = -1, None
+        position, image, reformatter = -1, None, VideoReformatter()
         for index in indices:
             while position < index:
                 position, frame = next(found, (None, None))
@@ -554,23 +563,43 @@ def _decode(file: Any, owned: bool, timeline: _Timeline, indices: list[int]) -> 
             if image is None:
                 if frame.is_corrupt:
                     raise MediaError(f"{timeline.name} is damaged or truncated: frame {index} is incomplete")
-                image = frame.to_image(width=timeline.width, height=timeline.height)
+                image = _to_picture(frame, timeline.width, timeline.height, reformatter)
             yield image
     finally:
         if owned:
             file.close()
 
 
+def _to_picture(frame: Any, width: int, height: int, reformatter: VideoReformatter) -> Image.Image:
+    """As `frame.to_image`, which copies the pixels twice more and makes a reformatter for each frame."""
+    plane = reformatter.reformat(frame, width, height, "rgb24").planes[0]
+    stride, direction = abs(plane.line_size), 1 if plane.line_size > 0 else -1  # negative: the last row comes first
+    return Image.frombytes("RGB", (width, height), plane, "raw", "RGB", stride, direction)
+
+
 def _decode_needed(file: Any, timeline: _Timeline, indices: list[int]) -> Iterator[tuple[int, Any]]:
-    """(index, frame) for every index, decoding no more than lies between a key frame and the frame after it."""
+    """(index, frame) for every index, as far as they can be decoded."""
+    left = sorted(set(indices))
+    # A decoder that guesses the order of frames from those it sees may drop one when others are left out.
+    for sparing in (True, False) if timeline.sparing else (False,):
+        for frame in _decode_between(file, timeline, left, sparing):
+            yield left.pop(0), frame
+        if not left:
+            return
+
+
+def _decode_between(file: Any, timeline: _Timeline, indices: list[int], sparing: bool) -> Iterator[Any]:
+    """The frames of ascending `indices`, decoding no more than lies between a key frame and the frame after it, and of
+    that, if `sparing`, only what other frames are made from. Ends early where one cannot be decoded."""
     pts, shown = timeline.pts, timeline.shown
     place = {time: at for at, time in enumerate(pts)}  # presentation time -> decode order
+    times = [pts[shown[index]] for index in indices]
+    wanted = frozenset(times)
     container, stream = _open_container(file, timeline.name)
     try:
         packets, fed = container.demux(stream), -1
         ready: list[Any] = []  # decoded frames not yet looked at
-        for index in sorted(set(indices)):
-            time = pts[shown[index]]
+        for index, time in zip(list(indices), times):
             # the last key frame at or before the wanted one; one that is shown later cannot start it
             key = bisect.bisect_right(timeline.keys, shown[index]) - 1
             while key > 0 and pts[timeline.keys[key]] > time:
@@ -588,10 +617,12 @@ def _decode_needed(file: Any, timeline: _Timeline, indices: list[int]) -> Iterat
                 if packet is None:
                     return
                 fed = max(fed, place.get(packet.pts, fed)) if packet.size else fed
+                if sparing:
+                    stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
                 ready.extend(packet.decode())
             if ready[0].pts != time:  # the decoder dropped it
                 return
-            yield index, ready.pop(0)
+            yield ready.pop(0)
     except av.FFmpegError as error:
         raise MediaError(f"{timeline.name} is damaged or truncated: {error}") from error
     finally:

@@ -1,5 +1,6 @@
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from kimi_k26.image_processing_kimi_k26 import (
     is_video,
     nest,
     timestamp,
+    write_patches,
 )
 from kimi_k26.media_kimi_k26 import MediaError, MediaLimits
 
@@ -114,6 +116,52 @@ def test_pixels_against_plain_numpy(size, settings):
     assert encoded.grid_thws == [[1, target.rows, target.columns]]
     assert np.abs(encoded.pixel_values.double().numpy() - expected).max() <= 1e-6
     assert encoded.tokens == [processor.get_num_image_tokens(size[1], size[0])]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 50])
+@pytest.mark.parametrize(
+    "size, settings",
+    [
+        ((1, 1), {}),
+        ((333, 257), {}),
+        ((700, 501), {"in_patch_limit": 300}),
+        ((1500, 40), {"patch_limit_on_one_side": 64}),
+        ((90, 700), {"patch_limit_on_one_side": 12, "merge_kernel_size": [2, 6]}),
+        ((300, 600), {"in_patch_limit": 200}),
+        ((301, 599), {"in_patch_limit": 200}),
+        ((29, 400), {"in_patch_limit": 9, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1]}),
+    ],
+)
+def test_parts_have_the_bits_of_the_whole(size, settings, parts):
+    config = MediaConfig(**settings)
+    target, picture = config.fit_image(*size), Image.fromarray(golden_picture(*size, seed=3))
+    whole, cut, threaded = torch.full((3, target.rows * target.columns, 3, 14, 14), torch.nan)
+    write_patches(picture, target, 14, config.mean, config.std, whole)
+    write_patches(picture, target, 14, config.mean, config.std, cut, parts)
+    with ThreadPoolExecutor(3) as pool:
+        write_patches(picture, target, 14, config.mean, config.std, threaded, parts, pool.map)
+    assert torch.equal(cut, whole) and torch.equal(threaded, whole) and whole.isfinite().all()
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_give_the_same_pixels(three_threads):
+    processor, pictures = KimiK26ImageProcessor(), [golden_picture(900, 700, seed) for seed in range(8)]
+    config, target = MediaConfig(), MediaConfig().fit_image(900, 700)
+    expected = torch.empty(8, target.rows * target.columns, 3, 14, 14)
+    for picture, out in zip(pictures, expected):
+        write_patches(Image.fromarray(picture), target, 14, config.mean, config.std, out)
+    assert torch.equal(processor.encode_image(pictures[0]).pixel_values, expected[0])
+    assert torch.equal(processor.encode_video(pictures, fps=1).pixel_values, expected.flatten(0, 1))
+    pictures[-1] = pictures[-1][1:]
+    with pytest.raises(MediaError, match="one size"):
+        processor.encode_video(pictures, fps=1)
 
 
 def test_video_is_cut_into_clips():

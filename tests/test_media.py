@@ -215,6 +215,19 @@ def test_frames_by_index_in_every_container(encoded, indices):
     assert video.fps == {"gif": 10.0, "h264": 25.0}.get(container, 30.0)  # a bare stream has no rate: FFmpeg's 25
 
 
+def plainly_decoded(data):
+    with av.open(io.BytesIO(data)) as container:
+        return [np.asarray(frame.to_image()) for frame in container.decode(video=0)]
+
+
+@pytest.mark.parametrize("indices", [range(60), range(0, 60, 7), [13, 13, 58]])
+def test_pixels_are_those_of_the_whole_video_decoded(encoded, indices):
+    """Whatever is left out on the way to the frames that are asked for."""
+    whole = plainly_decoded(encoded[1])
+    for index, frame in zip(indices, read_video(encoded[1], lambda *_: list(indices)).frames, strict=True):
+        assert np.array_equal(frame, whole[index])
+
+
 def test_truncated_videos(encoded):
     container, data = encoded
     if container in ("mpegts", "h264"):
@@ -252,8 +265,9 @@ def test_variable_rate_counts_frames_and_averages_the_rate(container):
     assert 7 / 5.0 < video.fps <= 7 / 3.9  # how long the last frame lasts, each container says in its own way
 
 
-def test_only_needed_frames_are_decoded(monkeypatch):
-    data = make_video("mp4", "mpeg4", frames=200, gop_size=10)
+@pytest.fixture
+def decoded(monkeypatch):
+    """The frames that decoders gave out."""
     decoded = []
     original = media._open_container
 
@@ -286,9 +300,35 @@ def test_only_needed_frames_are_decoded(monkeypatch):
         return Packets(container), stream
 
     monkeypatch.setattr(media, "_open_container", open_counted)
+    return decoded
+
+
+def test_only_needed_frames_are_decoded(decoded):
+    data = make_video("mp4", "mpeg4", frames=200, gop_size=10)
     assert numbers(data, [0, 95, 150]) == [0, 95, 150]
     # from key frame to wanted frame, at most a group of pictures (12) each; walking there would take 151
     assert 3 <= len(decoded) <= 25
+
+
+def test_frames_that_no_other_needs_are_left_out(decoded):
+    # groups of one reference and three frames between, of which none is a reference
+    options = {"x264-params": "bframes=3:b-pyramid=none:b-adapt=0:keyint=60:scenecut=0"}
+    assert numbers(make_video("mp4", "libx264", options=options), [1, 30, 50]) == [1, 30, 50]
+    assert 3 <= len(decoded) <= 51 // 4 + 3 + 2  # references, wanted frames, and what comes after the last one
+
+
+def test_a_frame_that_is_lost_when_others_are_left_out_is_decoded_with_them(monkeypatch):
+    original = media._decode_between
+
+    def forgetful(file, timeline, indices, sparing):
+        for at, frame in enumerate(original(file, timeline, indices, sparing)):
+            if sparing and at == 2:
+                return
+            yield frame
+
+    monkeypatch.setattr(media, "_decode_between", forgetful)
+    data = make_video("mp4", "libx264", gop_size=8)
+    assert numbers(data, [3, 9, 9, 10, 31, 59]) == [3, 9, 9, 10, 31, 59]
 
 
 def test_decoding_is_lazy_and_closes_the_file(tmp_path):

@@ -139,7 +139,7 @@ class Engine:
         self.rows, self.queue, self.chunk, self.cache_tokens = rows, queue, chunk, cache_tokens
         self.layers = model.config.text_config.num_hidden_layers
         self.prefixes = Prefixes(prefix_tokens)
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # and seconds of reading and stepping
         self._waiting: deque[list[Sequence]] = deque()
         self._reading: deque[Reading] = deque()
         self._running: list[Sequence] = []  # in the order of the cache's rows
@@ -207,19 +207,22 @@ class Engine:
             if not (self._open or self._waiting or self._reading or self._running):
                 break
             self._drop()
-            ready = self._guarded(self._read, lambda: self._reading.popleft().sequences)
+            ready = self._guarded("reading", self._read, lambda: self._reading.popleft().sequences)
             if ready is not None:
-                self._guarded(lambda: self._join(*ready), self._empty)
-            self._guarded(self._step, self._empty)
+                self._guarded("stepping", lambda: self._join(*ready), self._empty)
+            self._guarded("stepping", self._step, self._empty)
         self._fail(self._everyone(), "stopped")
 
-    def _guarded(self, work: Callable, victims: Callable[[], list[Sequence]]):
+    def _guarded(self, kind: str, work: Callable, victims: Callable[[], list[Sequence]]):
         """What `work` gives. Whatever goes wrong takes along those that were worked on, and not the engine."""
+        began = time.perf_counter()
         try:
             return work()
         except Exception:
             logger.exception("the engine could not go on with some requests")
             self._fail(victims(), "error")
+        finally:
+            self.counts[f"{kind}_seconds"] += time.perf_counter() - began
 
     def _fail(self, sequences: list[Sequence], cause: str) -> None:
         for sequence in sequences:

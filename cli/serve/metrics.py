@@ -44,8 +44,10 @@ class Metrics:
             "prompt_tokens_total": ("Tokens of all prompts.", self.prompt_tokens),
             "prompt_tokens_read_total": ("Prompt tokens that went through the model.", counts["prompt_tokens_read"]),
             "prompt_tokens_reused_total": ("Prompt tokens known from before.", counts["prompt_tokens_reused"]),
+            "prompt_seconds_total": ("Seconds in which prompts went through the model.", counts["reading_seconds"]),
             "completion_tokens_total": ("Tokens said.", counts["tokens_said"]),
             "steps_total": ("Steps of the batch.", counts["steps"]),
+            "step_seconds_total": ("Seconds in which replies were decoded.", counts["stepping_seconds"]),
             "preempted_total": ("Replies sent back to wait as the cache was full.", counts["preempted"]),
             "failed_total": ("Replies that failed inside.", counts["failed_error"]),
         }
