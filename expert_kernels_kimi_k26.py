@@ -195,6 +195,13 @@ static Panel panel(Matrix m, i64 from, i64 to, i64 k, i64 group, bf16* scratch) 
     return {scratch, row};
 }
 
+// Let the words of some outputs come nearer while others are being multiplied.
+static void ask_for(Matrix m, i64 from, i64 to, i64 k) {
+    if (!m.scales) return;
+    const char* begin = (const char*)m.values + from * k / 2;
+    for (const char* at = begin; at < begin + (to - from) * k / 2; at += 64) _mm_prefetch(at, _MM_HINT_T1);
+}
+
 // y[o][lane] = w[o] . x for a panel and a tile of packed rows: (outputs, G * LANES).
 template <int G> static void multiply(const uint32_t* x, Panel w, i64 outputs, i64 k, float* y) {
     constexpr int N = G == 1 ? 16 : 8;
@@ -300,6 +307,7 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
                 const i64 some = std::min<i64>(PANEL, width - o);
                 const Panel gate = panel(t.expert->gate, o, o + some, hidden, group, mine.scratch);
                 const Panel up = panel(t.expert->up, o, o + some, hidden, group, mine.scratch + PANEL * widest);
+                if (e + 1 < count) { ask_for(team[e + 1].expert->gate, o, o + some, hidden); ask_for(team[e + 1].expert->up, o, o + some, hidden); }
                 for (i64 n = 0; n < tiles; n++)
                     left(n) > LANES ? work.gate_up<2>(n, gate, up, o, some, mine.y) : work.gate_up<1>(n, gate, up, o, some, mine.y);
             }
@@ -307,6 +315,7 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
             for (i64 o = 0; o < hidden; o += PANEL) {
                 const i64 some = std::min<i64>(PANEL, hidden - o);
                 const Panel down = panel(t.expert->down, o, o + some, width, group, mine.scratch);
+                if (e + 1 < count) ask_for(team[e + 1].expert->down, o, o + some, width);
                 for (i64 n = 0; n < tiles; n++)
                     left(n) > LANES ? work.down<2>(n, left(n), down, o, some, mine.y) : work.down<1>(n, left(n), down, o, some, mine.y);
             }

@@ -31,6 +31,7 @@ LATENT_NORM_EPS = 1e-6  # of the two norms inside attention; the config has only
 # Elements held at once by one block of scores, and by the expanded keys and values of one block of heads.
 SCORE_BLOCK = 2**25
 EXPANSION_BLOCK = 2**26
+NATIVE_GAIN = 3  # by which the CPU's kernel reads expanded keys faster than PyTorch's products read latents
 
 
 class KimiK26RMSNorm(nn.Module):
@@ -273,8 +274,14 @@ class KimiK26Attention(nn.Module):
             current_weight(self.kv_b_proj).unflatten(0, (self.heads, -1)).split([self.nope, self.v_dim], dim=1)
         )
         query, turning_query = query.transpose(1, 2), turning_query.transpose(1, 2)  # (batch, heads, queries, …)
-        attend = self.on_latents if query.shape[2] <= self.few_queries else self.on_expanded
-        out, weights = attend(query, turning_query, latent, rotary_key, to_key, to_value, span, output_attentions)
+        given = (query, turning_query, latent, rotary_key, to_key, to_value, span)
+        natively = not output_attentions and self.config._attn_implementation != "eager" and serves_attention(self, query, span)
+        if query.shape[2] <= (self.few_queries // NATIVE_GAIN if natively else self.few_queries):
+            out, weights = self.on_latents(*given, output_attentions)
+        elif natively:
+            out, weights = self.on_expanded_natively(*given), None
+        else:
+            out, weights = self.on_expanded(*given, output_attentions)
         return self.o_proj(out.flatten(2)), weights
 
     def on_latents(self, query, turning_query, latent, rotary_key, to_key, to_value, span, output_attentions):
@@ -306,7 +313,7 @@ class KimiK26Attention(nn.Module):
         return out, all_weights[0] if output_attentions else None
 
     def on_expanded_natively(self, query, turning_query, latent, rotary_key, to_key, to_value, span):
-        """The same by the CPU's own kernel, which needs neither joined keys nor padded values."""
+        """Attention over expanded keys and values by the CPU's own kernel, which needs neither joined keys nor padded values."""
         step = max(1, EXPANSION_BLOCK // (latent.shape[0] * latent.shape[1] * (self.nope + self.v_dim)))
         query, turning_query, outs = query.transpose(1, 2), turning_query.transpose(1, 2), []
         for start in range(0, self.heads, step):
@@ -321,8 +328,6 @@ class KimiK26Attention(nn.Module):
         """Attention over the keys and values of each head, expanded for as many heads at a time as fit the block."""
         implementation = self.config._attn_implementation
         per_head = latent.shape[0] * latent.shape[1] * 2 * (self.nope + self.rope)
-        if not output_attentions and implementation != "eager" and serves_attention(self, query, span):
-            return self.on_expanded_natively(query, turning_query, latent, rotary_key, to_key, to_value, span), None
         query = torch.cat((query, turning_query), dim=-1)
         step = self.heads if output_attentions else max(1, EXPANSION_BLOCK // per_head)
         outs, all_weights = [], []
