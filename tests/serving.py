@@ -3,13 +3,20 @@
 import contextlib
 import http.client
 import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import uvicorn
 
+import kimi_k26
 from kimi_k26 import KimiK26Config, KimiK26Processor
 from kimi_k26.cli.serve import make_server
 from kimi_k26.cli.serve.app import create_app
@@ -91,36 +98,13 @@ class Parrot:
         return "(instant)" in asked and said[:1] == [self.think_end]
 
 
-class Running:
-    """A server in a thread of this process, at `port`. Its model is a `Parrot`, unless one is given."""
+class Client:
+    """What a client does, at `port`."""
 
-    def __init__(self, checkpoint, limits: Limits = Limits(), keys=(), pause=0.0, model=None, **engine):
-        self.processor = KimiK26Processor.from_pretrained(checkpoint)
-        self.model = model or Parrot(self.processor, pause)
-        end = self.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.engine = Engine(self.model, [end], **engine)
-        self.service = Service(self.model, self.processor, self.engine, ["kimi"], MediaPolicy(), limits)
-        config = uvicorn.Config(create_app(self.service, keys), host="127.0.0.1", port=0, log_level="warning")
-        self.server = make_server(config, self.engine, grace=1.0)
-        self.thread = threading.Thread(target=self.server.run)
-
-    def __enter__(self):
-        self.thread.start()
-        while not self.server.started:
-            assert self.thread.is_alive()
-            time.sleep(0.01)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-        return self
-
-    def __exit__(self, *error):
-        self.server.should_exit = True
-        self.thread.join(20)
-        assert not self.thread.is_alive() and not self.engine.alive
-
-    # -- what a client does -------------------------------------------------------------------------------------------
+    port: int
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers) -> tuple[int, dict | str, dict]:
         """Status, body and headers of an answer."""
@@ -151,6 +135,61 @@ class Running:
             assert answer.status == 200, answer.read()
             assert answer.headers.get_content_type() == "text/event-stream"
             return list(chunks_of(answer))
+
+
+class Running(Client):
+    """A server in a thread of this process. Its model is a `Parrot`, unless one is given."""
+
+    def __init__(self, checkpoint, limits: Limits = Limits(), keys=(), pause=0.0, model=None, grace=1.0, **engine):
+        self.processor = KimiK26Processor.from_pretrained(checkpoint)
+        self.model = model or Parrot(self.processor, pause)
+        end = self.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.engine = Engine(self.model, [end], **engine)
+        self.service = Service(self.model, self.processor, self.engine, ["kimi"], MediaPolicy(), limits)
+        config = uvicorn.Config(create_app(self.service, keys), host="127.0.0.1", port=0, log_level="warning")
+        self.server = make_server(config, self.engine, grace)
+        self.thread = threading.Thread(target=self.server.run)
+
+    def __enter__(self):
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive()
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        return self
+
+    def __exit__(self, *error):
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive() and not self.engine.alive
+
+
+class Served(Client):
+    """`kimi-k26 serve FOLDER` in a process of its own, with more `words` on its command line; it calls the model `kimi`."""
+
+    def __init__(self, folder, *words: str):
+        command = [sys.executable, "-m", "kimi_k26.cli", "serve", str(folder), "--port", "0", "--model-name", "kimi", *words]
+        search = [str(Path(kimi_k26.__file__).resolve().parents[1]), *filter(None, sys.path)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
+        self.log = tempfile.TemporaryFile("a+")  # so that what is read does not move where it writes
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.log, env=environment)
+
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def __enter__(self):
+        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)", self.said())):
+            assert self.process.poll() is None, self.said()
+            time.sleep(0.05)
+        self.port = int(found[1])
+        return self
+
+    def __exit__(self, *error):
+        self.process.terminate()
+        status, said = self.process.wait(60), self.said()
+        self.log.close()
+        assert status == 0 and "Traceback" not in said, said
 
 
 def body_of(content, **fields) -> bytes:
