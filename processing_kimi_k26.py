@@ -6,6 +6,7 @@ Here each video placeholder becomes one run of text per clip, the text is turned
 the prompt.
 """
 
+import copy
 import os
 import re
 from dataclasses import dataclass
@@ -464,6 +465,12 @@ class KimiK26Processor(ProcessorMixin):
         image_processor = KimiK26ImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs, **media)
         tokenizer = TikTokenTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return [image_processor, tokenizer]
+
+    def to_dict(self, *args, **kwargs) -> dict[str, Any]:
+        """The library's `to_dict`. Version 4 asks for it at each loading, and there copies the vocabulary to drop it."""
+        bare = copy.copy(self)
+        del bare.tokenizer
+        return super(KimiK26Processor, bare).to_dict(*args, **kwargs)
 
     def save_pretrained(self, save_directory: Union[str, os.PathLike], push_to_hub=False, **kwargs) -> list[str]:
         """Writes the tokenizer's files, `preprocessor_config.json` in the published form and `chat_template.jinja`.

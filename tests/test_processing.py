@@ -12,6 +12,7 @@ from transformers.processing_utils import ProcessorMixin
 from kimi_k26.image_processing_kimi_k26 import KimiK26ImageProcessor
 from kimi_k26.media_kimi_k26 import MediaError
 from kimi_k26.processing_kimi_k26 import MEDIA_PAD, VIDEO_PLACEHOLDER, KimiK26Processor
+from kimi_k26.tokenization_kimi import TikTokenTokenizer
 
 from .media_samples import data_uri, golden_picture, make_video, numbered_frame, picture_bytes
 
@@ -356,6 +357,16 @@ def test_what_the_library_asks_for(processor):
     assert processor.batch_decode([ids]) == ["hello<|im_end|>"] and processor.decode(ids) == "hello<|im_end|>"
     assert processor.post_process_image_text_to_text(torch.tensor([ids])) == ["hello"]
     assert "KimiK26Processor" in repr(processor)
+
+
+def test_what_it_says_of_itself_takes_no_copy_of_the_vocabulary(processor, monkeypatch):
+    def refuse(self, memo):
+        raise AssertionError("the tokenizer is copied")
+
+    monkeypatch.setattr(TikTokenTokenizer, "__deepcopy__", refuse, raising=False)
+    assert "KimiK26Processor" in repr(processor)
+    assert processor.to_dict()["processor_class"] == "KimiK26Processor" and "tokenizer" not in processor.to_dict()
+    assert processor.tokenizer is not None
 
 
 def test_golden_folder_without_media_files(golden):
