@@ -33,13 +33,15 @@ struct Reading {
 };
 struct Sums {  // of each query: the largest score, the sum, the weighted values (value_size to a multiple of 16, lanes)
     float *best, *total, *read;
-    float* scores; uint32_t *weights, *pairs;  // (KEYS, lanes), (KEYS / 2, lanes), (KEYS / 2, value_size): within a block
+    float* scores; uint32_t *weights, *pairs;  // (KEYS, lanes), (KEYS / 2, lanes), (KEYS / 2, pair_row): within a block
     static i64 columns(i64 value_size) { return (value_size + LANES - 1) / LANES * LANES; }
+    // One line more than there are columns: rows whose distance is a power of two would meet in few places of a cache.
+    static i64 pair_row(i64 value_size) { return columns(value_size) + LANES; }
     void layout(i64 groups, i64 value_size) {
         const i64 wide = groups * LANES;
         best = arena.take<float>(wide); total = arena.take<float>(wide); read = arena.take<float>(columns(value_size) * wide);
         scores = arena.take<float>(KEYS * wide); weights = arena.take<uint32_t>(KEYS / 2 * wide);
-        pairs = arena.take<uint32_t>(KEYS / 2 * columns(value_size));
+        pairs = arena.take<uint32_t>(KEYS / 2 * pair_row(value_size));
     }
 };
 
@@ -57,7 +59,7 @@ static inline void interleave(const bf16* one, const bf16* two, i64 size, uint32
 
 template <int G> static void attend(const Reading& a, i64 begin, i64 end, const Sums& s) {
     constexpr int N = G == 1 ? 16 : 8;
-    const i64 columns = Sums::columns(a.value_size);
+    const i64 columns = Sums::columns(a.value_size), pair_row = Sums::pair_row(a.value_size);
     const __m512 never = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a.scale);
     __m512 best[G], total[G];
     __m512i limit[G];
@@ -77,7 +79,7 @@ template <int G> static void attend(const Reading& a, i64 begin, i64 end, const 
             __m512 sum[N][G];
             for (int n = 0; n < N; n++) for (int g = 0; g < G; g++) sum[n][g] = _mm512_setzero_ps();
             for (const Part& p : a.parts)
-                lanes<G, N>(p.query, (const uint32_t*)(p.key + (block + k) * p.key_row), p.key_row / 2, 1, p.size / 2, sum);
+                lanes<G, N, true>(p.query, (const uint32_t*)(p.key + (block + k) * p.key_row), p.key_row / 2, 1, p.size / 2, sum);
             for (int n = 0; n < N; n++)
                 for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + ((k + n) * G + g) * LANES, _mm512_mul_ps(sum[n][g], scale));
         }
@@ -115,17 +117,17 @@ template <int G> static void attend(const Reading& a, i64 begin, i64 end, const 
             }
             total[g] = sum;
         }
-        const uint32_t* values = a.pairs ? a.pairs + block / 2 * columns : s.pairs;
+        const uint32_t* values = a.pairs ? a.pairs + block / 2 * pair_row : s.pairs;
         for (i64 p = 0; p < pairs && !a.pairs; p++) {
             const bf16* value = a.value + (block + 2 * p) * a.value_row;
-            interleave(value, 2 * p + 1 < keys ? value + a.value_row : nullptr, a.value_size, s.pairs + p * columns);
+            interleave(value, 2 * p + 1 < keys ? value + a.value_row : nullptr, a.value_size, s.pairs + p * pair_row);
         }
         for (i64 column = 0; column < columns; column += N) {
             __m512 sum[N][G];
             float* read = s.read + column * G * LANES;
             for (int n = 0; n < N; n++)
                 for (int g = 0; g < G; g++) sum[n][g] = _mm512_mul_ps(_mm512_loadu_ps(read + (n * G + g) * LANES), shrink[g]);
-            lanes<G, N>(s.weights, values + column, 1, columns, pairs, sum);
+            lanes<G, N>(s.weights, values + column, 1, pair_row, pairs, sum);
             for (int n = 0; n < N; n++) for (int g = 0; g < G; g++) _mm512_storeu_ps(read + (n * G + g) * LANES, sum[n][g]);
         }
     }
@@ -148,14 +150,14 @@ enum { QUERIES = 32, HELD = 1 << 24 };  // queries of one head that read togethe
 // each key with its rotary part, values in pairs, those of one head side by side.
 extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
     const Expanded& e = *given;
-    const i64 size = e.nope + e.rope, columns = Sums::columns(e.v), pairs = (e.keys + 1) / 2, heads = e.batch * e.heads;
-    const i64 some_heads = std::clamp<i64>(HELD / (e.keys * (size + columns) * sizeof(bf16)), 1, heads);
+    const i64 size = e.nope + e.rope, pair_row = Sums::pair_row(e.v), pairs = (e.keys + 1) / 2, heads = e.batch * e.heads;
+    const i64 some_heads = std::clamp<i64>(HELD / (e.keys * (size + pair_row) * sizeof(bf16)), 1, heads);
     Sums sums[MAX_THREADS];
     uint32_t *queries[MAX_THREADS], *values;
     bf16* keys;
     arena.layout([&] {
         keys = arena.take<bf16>(some_heads * e.keys * size);
-        values = arena.take<uint32_t>(some_heads * pairs * columns);
+        values = arena.take<uint32_t>(some_heads * pairs * pair_row);
         for (i64 t = 0; t < threads; t++) {
             sums[t].layout(QUERIES / LANES, e.v);
             queries[t] = arena.take<uint32_t>(QUERIES * size / 2);
@@ -174,7 +176,7 @@ extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
                 memcpy(to + e.nope, e.rotary + b * e.rotary_at[0] + i * e.rotary_at[1], e.rope * sizeof(bf16));
             }
             const bf16* value = e.value + b * e.value_at[0] + k * e.value_at[1] + h * e.value_at[2];
-            interleave(value, k + 1 < e.keys ? value + e.value_at[1] : nullptr, e.v, values + (n * pairs + k / 2) * columns);
+            interleave(value, k + 1 < e.keys ? value + e.value_at[1] : nullptr, e.v, values + (n * pairs + k / 2) * pair_row);
         }
         #pragma omp for schedule(dynamic, 1)
         for (i64 unit = 0; unit < blocks * held; unit++) {
@@ -197,7 +199,7 @@ extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
                 pack(turning + g * LANES, LANES, e.rope / 2, queries[me] + e.nope / 2 * QUERIES + g * LANES, QUERIES);
             }
             const Reading reading = {{{queries[me], keys + n * e.keys * size, size, size}, {}}, nullptr, 0, e.v,
-                                     values + n * pairs * columns, limits, e.mask ? e.mask + b * e.mask_row : nullptr, e.scale};
+                                     values + n * pairs * pair_row, limits, e.mask ? e.mask + b * e.mask_row : nullptr, e.scale};
             attend<QUERIES / LANES>(reading, 0, limits[some - 1] < e.keys ? limits[some - 1] : e.keys, s);
             for (i64 d = 0; d < e.v; d += LANES) {
                 const __mmask16 there = e.v - d >= LANES ? 0xffff : (1 << (e.v - d)) - 1;

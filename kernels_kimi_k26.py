@@ -297,10 +297,12 @@ enum { LANES = 16 };
 
 // `G` vectors of sixteen rows of x meet `N` rows of w: sum[n][g] += w[n] . x[g], a row of x in each lane. Neighbouring
 // inputs stand together as one 32-bit word: x is packed, (pairs, G * 16) words; word p of w's row n is w[n * row + p * step].
-template <int G, int N>
+// `NEXT` lets the rows of w that follow come nearer, a line with each pair: steadily, for a burst would have to wait.
+template <int G, int N, bool NEXT = false>
 static inline void lanes(const uint32_t* x, const uint32_t* w, i64 row, i64 step, i64 pairs, __m512 (&sum)[N][G]) {
     for (i64 p = 0; p < pairs; p++) {
         __m512bh given[G];
+        if (NEXT) _mm_prefetch((const char*)(w + N * row + p * LANES), _MM_HINT_T0);
         for (int g = 0; g < G; g++) given[g] = (__m512bh)_mm512_loadu_si512(x + (p * G + g) * LANES);
         for (int n = 0; n < N; n++) {
             const __m512bh weight = (__m512bh)_mm512_set1_epi32(w[n * row + p * step]);
