@@ -1,8 +1,8 @@
 """The functions of the model card, as it prints them and as `examples/model_card.py` has them, against the server."""
 
 import importlib.util
-import json
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +11,7 @@ import pytest
 openai = pytest.importorskip("openai", reason="the model card's scripts take the package openai")
 pytest.importorskip("fastapi", reason="the server takes the extra `serve`")
 
-from kimi_k26 import KimiK26ForConditionalGeneration
-from kimi_k26.tests.serving import Running, script
+from kimi_k26.tests.serving import Running, Served, script
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = ROOT / "examples" / "kimi-k26-tiny"
@@ -30,7 +29,10 @@ def example():
 @pytest.fixture(scope="module")
 def card(example) -> dict:
     """The card's own functions, text unchanged but for the indentation that its listing lost; the files it downloads
-    are ours."""
+    are ours.
+
+    Pictures and videos are fetched by the card's own lines and sent as data URIs, so that the server needs no option.
+    """
     path = ROOT.parent / "shared" / "model_card.txt"
     if not path.is_file():
         pytest.skip("the model card is not beside this repository (../shared/model_card.txt)")
@@ -40,7 +42,8 @@ def card(example) -> dict:
             inside = True
             code.append(line)
             continue
-        words = re.split(r"(?:(?:Kimi )?K2\.6 )?[\u4e00-\u9fff]", line, maxsplit=1)[0]  # the card goes on in Chinese behind them
+        # the card goes on in Chinese behind a function's last line
+        words = re.split(r"(?:(?:Kimi )?K2\.6 )?[\u4e00-\u9fff]", line, maxsplit=1)[0]
         if inside:
             code.append("    " + words)
         inside = inside and words == line
@@ -66,7 +69,7 @@ def parrot(tiny_checkpoint):
 def trained():
     if not TRAINED.is_dir():
         pytest.skip(f"there is no {TRAINED.name} among the examples: train_tiny.py makes it")
-    with Running(TRAINED, model=KimiK26ForConditionalGeneration.from_pretrained(TRAINED)) as server:
+    with Served(TRAINED) as server:
         yield server
 
 
@@ -104,31 +107,53 @@ def test_tools_step_by_step(parrot, example, capsys):
     assert [f"(thinks: Step {index}.)" in out for index in range(3)] == [True] * 3
 
 
-# What the trained checkpoint says to the card's questions.
+# What the trained checkpoint says to the card's questions. It is asked with the card's own settings, which draw from what is
+# likely, so it may be wrong now and then: so many of `SEEDS` answers must be right.
 RIGHT = {
     "simple_chat": ("9.9 is bigger",),
     "chat_with_image": ("red circle", "blue square"),
     "chat_with_video": ("red circle", "right"),
     "chat_with_preserve_thinking": ("215", "222"),
 }
+SEEDS = range(5)
+ENOUGH = dict.fromkeys(NAMES, 3) | {"chat_with_preserve_thinking": 4}
+
+
+def seeded(client: openai.OpenAI, seed: int):
+    """The client as the card uses it, with a seed in every request, so that the answers are always the same."""
+    create = partial(client.chat.completions.create, seed=seed)
+    return SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+
+
+def lacking(name: str, answer: str) -> list[str]:
+    return [words for words in RIGHT[name] if words not in answer]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_trained_checkpoint_answers_the_card(trained, card, capsys, name):
-    card[name](client_of(trained), "kimi")
-    printed = capsys.readouterr().out
-    wanted = RIGHT[name] if name != "chat_with_video" else RIGHT[name][:1]  # the card asks for a description
-    assert [words for words in wanted if words not in printed] == [], printed
+    """Thinking and instant, and of kept thinking both what is thought and what is said."""
+    said = []
+    for seed in SEEDS:
+        returned = card[name](seeded(client_of(trained), seed), "kimi")
+        printed = re.split(r"^======.*\n", capsys.readouterr().out, flags=re.MULTILINE)
+        said.append([one.removeprefix("response: ") for one in printed if one.startswith("response: ")])
+        said[-1] += [returned] if name == "chat_with_preserve_thinking" else []
+        assert len(said[-1]) == 2
+    right = [not any(lacking(name, answer) for answer in answers) for answers in said]
+    assert sum(right) >= ENOUGH[name], said
 
 
 def test_the_trained_checkpoint_answers_the_example(trained, example):
     client = client_of(trained)
-    said = {
-        "simple_chat": example.simple_chat(client, "kimi"),
-        "chat_with_image": example.chat_with_image(client, "kimi", example.draw_picture()),
-        "chat_with_video": example.chat_with_video(client, "kimi", example.record_video()),
-        "chat_with_preserve_thinking": example.chat_with_preserve_thinking(client, "kimi"),
+    ask = {
+        "simple_chat": example.simple_chat,
+        "chat_with_image": partial(example.chat_with_image, image=example.draw_picture()),
+        "chat_with_video": partial(example.chat_with_video, video=example.record_video()),
+        "chat_with_preserve_thinking": example.chat_with_preserve_thinking,
     }
-    assert [name for name in NAMES if any(words not in said[name] for words in RIGHT[name])] == [], json.dumps(said)
-    answer = example.call_tools(client, "kimi", "What is the weather in Beijing?", example.TOOLS)
-    assert "sunny" in answer and "21" in answer
+    for name in NAMES:
+        said = [ask[name](seeded(client, seed), "kimi") for seed in SEEDS]
+        assert sum(not lacking(name, answer) for answer in said) >= ENOUGH[name], (name, said)
+    question = "What is the weather in Beijing?"
+    called = [example.call_tools(seeded(client, seed), "kimi", question, example.TOOLS) for seed in SEEDS]
+    assert sum("sunny" in answer and "21" in answer for answer in called) >= 3, called
