@@ -1,4 +1,11 @@
-"""MoonViT-3D and the projector: patches of pictures and video clips → media features of the text model's width."""
+"""MoonViT-3D and the projector: patches of pictures and video clips → media features of the text model's width.
+
+No tensor grows with the square of the patches: attention is the CPU's own kernel or PyTorch's, and where it is written out
+it takes some queries at a time. Clips do not see each other, so many of them pass through a part at a time.
+"""
+
+from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import nn
@@ -8,12 +15,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_kimi_k26 import KimiK26VisionConfig
 from .experts_kimi_k26 import at_least_float32
+from .native_kimi_k26 import attention, is_plain, library
 from .text_kimi_k26 import rotate_pairs
 
 
 LAYER_NORM_EPS = 1e-5  # of the tower; the projector's own stands in the config
 ROTARY_BASE = 10_000.0
 FRAME_BASE = 10_000.0
+PATCHES = 16_384  # through the tower at a time, but no less than a clip
+ROWS = 1024  # through a linear layer at a time on a CPU: what comes out stays in its caches
+SCORES = 2**24  # of attention that is written out, held at a time
 
 Grid = tuple[int, int, int]  # frames, patch rows, patch columns
 
@@ -54,8 +65,9 @@ class KimiK26PatchEmbed(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
         """`(patches, 3, patch_size, patch_size)` → `(patches, width)`."""
+        codes = {grid: self.pos_emb(grid) for grid in dict.fromkeys(grids)}
         patches = self.proj(pixel_values).flatten(1)
-        return patches + torch.cat([self.pos_emb(grid) for grid in grids])
+        return patches + torch.cat([codes[grid] for grid in grids])
 
 
 def rotary_2d(grids: list[Grid], head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,22 +115,34 @@ class KimiK26VisionBlock(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """`(patches, width)` → the same; `lengths` are the patches of each clip."""
-        x = x + self.wo(self.attention(self.norm0(x), cos, sin, lengths))
-        return x + self.mlp(self.norm1(x))
+        # A hook is for all rows: it may bring the weights, or look at what passes.
+        step = ROWS if x.device.type == "cpu" and all(map(is_plain, self.modules())) else len(x)
+        query, key, value = in_blocks(self.heads_of, step, x, cos, sin)
+        out = self.attention(query, key, value, lengths)
+        return in_blocks(self.after_attention, step, x, out)[0]
 
-    def attention(self, x, cos, sin, lengths):
-        query, key, value = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # (patches, heads, head_dim)
-        query = rotate_pairs(query, cos.unsqueeze(1), sin.unsqueeze(1))
-        key = rotate_pairs(key, cos.unsqueeze(1), sin.unsqueeze(1))
+    def heads_of(self, x, cos, sin):
+        query, key, value = self.wqkv(self.norm0(x)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin), value  # (rows, heads, head_dim)
+
+    def after_attention(self, x, out):
+        x = x + self.wo(out)
+        return (x + self.mlp(self.norm1(x)),)
+
+    def attention(self, query, key, value, lengths):
+        """`(patches, heads, head_dim)` each → `(patches, width)`."""
         implementation = self.config._attn_implementation
         if implementation not in (None, "eager", "sdpa"):
             return self.library_attention(implementation, query, key, value, lengths)
-        attend = F.scaled_dot_product_attention if implementation == "sdpa" else eager_attention
-        clips = [
-            attend(*(part.transpose(0, 1).unsqueeze(0) for part in qkv), scale=self.scaling)  # (1, heads, patches, dim)
-            for qkv in zip(query.split(lengths), key.split(lengths), value.split(lengths))
-        ]
-        return torch.cat(clips, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+        attend = eager_attention
+        if implementation == "sdpa":
+            attend = native_attention if serves_attention(query) else F.scaled_dot_product_attention
+        clips = []
+        for qkv in zip(query.split(lengths), key.split(lengths), value.split(lengths)):
+            out = attend(*(part.transpose(0, 1).unsqueeze(0) for part in qkv), scale=self.scaling)
+            clips.append(out.squeeze(0).transpose(0, 1).flatten(1))  # from (1, heads, patches, head_dim)
+        return clips[0] if len(clips) == 1 else torch.cat(clips)
 
     def library_attention(self, implementation, query, key, value, lengths):
         """Attention over clips of any length in one call, as the flash attention functions of the library take it."""
@@ -138,10 +162,37 @@ class KimiK26VisionBlock(GradientCheckpointingLayer):
         return out.reshape(query.shape[0], -1)
 
 
+def in_blocks(function: Callable, step: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The results of `function` on `step` rows of all `tensors` at a time, joined: a list, as it gives a tuple."""
+    results = zip(*(function(*rows) for rows in zip(*(tensor.split(step) for tensor in tensors))))
+    return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in results]
+
+
 def eager_attention(query, key, value, scale):
-    """Attention written out: `softmax(q k^T * scale) v`, the softmax in float32."""
-    weights = (query @ key.transpose(-1, -2) * scale).softmax(-1, dtype=at_least_float32(query.dtype))
-    return weights.to(value.dtype) @ value
+    """Attention written out: `softmax(q k^T * scale) v`, the softmax in float32. `(1, heads, patches, head_dim)` each."""
+    outs = []
+    for some in query.split(max(1, SCORES // (key.shape[1] * key.shape[2])), dim=2):
+        weights = (some @ key.transpose(-1, -2) * scale).softmax(-1, dtype=at_least_float32(query.dtype))
+        outs.append(weights.to(value.dtype) @ value)
+    return torch.cat(outs, dim=2)
+
+
+def serves_attention(query: torch.Tensor) -> bool:
+    """Whether the CPU's own kernel can take the place of PyTorch's: bfloat16 without gradients."""
+    return (
+        query.dtype == torch.bfloat16
+        and query.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def native_attention(query, key, value, scale):
+    """As `eager_attention`, by the kernel of causal attention: queries that come after all keys see every one of them."""
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (1, patches, heads, head_dim)
+    none = key[..., :0]  # no part of queries and keys stands apart
+    return attention(query, none, key, none[:, :, 0], value, key.shape[1], None, scale).transpose(1, 2)
 
 
 class KimiK26VisionEncoder(nn.Module):
@@ -153,10 +204,22 @@ class KimiK26VisionEncoder(nn.Module):
 
     def forward(self, x: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
         cos, sin = rotary_2d(grids, self.head_dim, x.device)
-        lengths = [frames * rows * columns for frames, rows, columns in grids]
+        lengths = [prod(grid) for grid in grids]
         for block in self.blocks:
             x = block(x, cos, sin, lengths)
         return self.final_layernorm(x)
+
+
+def some_at_a_time(grids: list[Grid]) -> list[list[Grid]]:
+    """Neighbouring clips together, as many as have `PATCHES`, or one that has more."""
+    parts, room = [], 0
+    for grid in grids:
+        if prod(grid) > room:
+            parts.append([])
+            room = PATCHES
+        parts[-1].append(grid)
+        room -= prod(grid)
+    return parts
 
 
 class KimiK26VisionTower(nn.Module):
@@ -182,6 +245,11 @@ class KimiK26VisionTower(nn.Module):
             ValueError: naming the clip, for sizes the tower cannot take or that do not fit the patches.
         """
         grids = self.check(pixel_values, grid_thws)
+        parts = some_at_a_time(grids)
+        pixels = pixel_values.split([sum(map(prod, part)) for part in parts])
+        return torch.cat([self.see(*some) for some in zip(pixels, parts)])
+
+    def see(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
         x = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype), grids)
         return self.merge(self.encoder(x, grids), grids)
 

@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
+import kimi_k26.vision_kimi_k26 as vision
 from kimi_k26 import KimiK26Config
+from kimi_k26.native_kimi_k26 import library
 from kimi_k26.tests.tiny_models import config_dict, fill
 from kimi_k26.vision_kimi_k26 import KimiK26PositionTable, KimiK26Projector, KimiK26VisionTower, rotary_2d
 
@@ -208,7 +211,68 @@ def test_angles_by_hand():
         torch.testing.assert_close(sin[place], expected.sin())
 
 
-def test_gradients():
+@pytest.mark.parametrize("name, value", [("ROWS", 5), ("ROWS", 1), ("PATCHES", 30), ("PATCHES", 1), ("SCORES", 100)])
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@torch.no_grad()
+def test_pieces_give_what_the_whole_gives(name, value, attn, monkeypatch):
+    tower, given = random_tower(attn), random_clips(GRIDS["all mixed"])
+    whole = tower(*given)
+    monkeypatch.setattr(vision, name, value)
+    torch.testing.assert_close(tower(*given), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "patches, parts",
+    [
+        ([4, 4, 4], [[4, 4, 4]]),
+        ([8, 8, 4, 4, 8], [[8, 8, 4], [4, 8]]),
+        ([4, 48, 4, 4], [[4], [48], [4, 4]]),
+        ([48, 20, 4], [[48], [20], [4]]),
+    ],
+)
+def test_neighbouring_clips_go_together_while_there_is_room(patches, parts, monkeypatch):
+    monkeypatch.setattr(vision, "PATCHES", 20)
+    found = vision.some_at_a_time([(1, 2, count // 2) for count in patches])
+    assert [[math.prod(grid) for grid in part] for part in found] == parts
+
+
+@torch.no_grad()
+def test_a_hook_sees_all_rows_at_once(monkeypatch):
+    monkeypatch.setattr(vision, "ROWS", 4)
+    tower, seen = random_tower(), []
+    block = tower.encoder.blocks[0]
+    block.mlp.fc0.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    tower(*random_clips([(1, 4, 4), (2, 2, 2)]))
+    assert seen == [24]
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_no_tensor_holds_every_pair_of_patches(dtype, attn, monkeypatch):
+    monkeypatch.setattr(vision, "SCORES", 2**14)
+    tower, given = random_tower(attn, dtype, vt_num_hidden_layers=1), random_clips([(1, 32, 32)], dtype=dtype)
+    with Largest() as largest:
+        tower(*given)
+    assert given[0].numel() <= largest.numbers < 2**20 // 1.5  # the pixels are the most; pairs would be 2**20 to a head
+
+
+@pytest.mark.parametrize("rows", [1024, 5])
+def test_gradients(rows, monkeypatch):
+    monkeypatch.setattr(vision, "ROWS", rows)
     tower, (pixels, grid_thws) = random_tower(vt_num_hidden_layers=1), random_clips([(2, 2, 4), (1, 2, 2)])
     names = ["patch_embed.pos_emb.weight", "patch_embed.proj.bias", "encoder.blocks.0.wqkv.weight"]
     weights = [tower.get_parameter(name).detach().requires_grad_() for name in names]
@@ -227,6 +291,23 @@ def test_low_precision_is_near(dtype, attn):
     exact, low = random_tower()(pixels, grid_thws), random_tower(attn, dtype)(pixels.float(), grid_thws)
     assert low.dtype == dtype and low.isfinite().all()
     assert (low.double() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@pytest.mark.skipif(library() is None, reason="no compiler, or a processor without bfloat16 products")
+@pytest.mark.parametrize("heads, size", [(2, 72), (3, 8), (1, 20), (16, 72)])
+@pytest.mark.parametrize("patches", [1, 4, 33, 130, 517])
+@torch.no_grad()
+def test_native_attention_sees_all_patches(patches, heads, size):
+    generator = torch.Generator().manual_seed(patches)
+    query, key, value = torch.randn(3, 1, heads, patches, size, generator=generator).bfloat16()
+    assert vision.serves_attention(query)
+    scale = 2 * size**-0.5
+    exact = vision.eager_attention(query.double(), key.double(), value.double(), scale)
+    apart = {
+        name: (attend(query, key, value, scale=scale).double() - exact).square().mean().sqrt()
+        for name, attend in (("native", vision.native_attention), ("plain", F.scaled_dot_product_attention))
+    }
+    assert apart["native"] <= 1.1 * apart["plain"] + 1e-4 < 0.01
 
 
 def emulated_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
