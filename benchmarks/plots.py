@@ -1,4 +1,4 @@
-"""The pictures of the README, drawn from what text.py measured."""
+"""The pictures of the README, drawn from what the benchmarks measured."""
 
 from pathlib import Path
 
@@ -40,4 +40,26 @@ def draw_text(results: dict, path: Path):
     memory.invert_yaxis()
     memory.margins(x=0.15)
     memory.set(title="peak memory, MiB", xlabel="loading and 50 tokens; the dotted line: the weights")
+    figure.savefig(path)
+
+
+def draw_bars(rows: list[dict], path: Path):
+    """A panel for each `what`, a bar for each of its engines, dotted the limit: rows with `what`, `engine`, `label`, `median`
+    and `limit`, in seconds, or in bytes where `unit` is "MiB"."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys(row["what"] for row in rows))
+    figure = Figure(figsize=(4.6 * len(panels), 2.4), dpi=100, layout="constrained")
+    for axes, what in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        some = [row for row in rows if row["what"] == what]
+        unit = some[0].get("unit", "ms")
+        scale = 1e3 if unit == "ms" else 2**-20
+        colours = [COLOURS.get(row["engine"], "#7f7f7f") for row in some]
+        bars = axes.barh([row["label"] for row in some], [row["median"] * scale for row in some], color=colours)
+        axes.bar_label(bars, fmt="{:,.4g}", padding=3)
+        if some[0].get("limit"):
+            axes.axvline(some[0]["limit"] * scale, color="black", linestyle=":", linewidth=1)
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set_title(f"{what}, {unit}", fontsize=9)
     figure.savefig(path)
