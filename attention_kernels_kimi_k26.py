@@ -278,8 +278,10 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
                 __m512 sum[ROWS][2];
                 for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
                 const uint32_t* q = (const uint32_t*)(query + (first * a.heads + h) * head);  // two neighbours: a pair
-                if (some == ROWS) weigh<ROWS>(to_key, a.rank, 32, a.nope / 2, q, a.heads * head / 2, sum);
-                else for (int i = 0; i < some; i++) weigh<1>(to_key, a.rank, 32, a.nope / 2, q + i * a.heads * head / 2, 0, sum + i);
+                // Columns are read from top to bottom, which memory is slow at: those of the next head are asked for meanwhile.
+                const i64 next = first ? 0 : (a.nope + a.v) * a.rank;
+                if (some == ROWS) weigh<ROWS>(to_key, a.rank, 32, a.nope / 2, q, a.heads * head / 2, sum, next);
+                else for (int i = 0; i < some; i++) weigh<1>(to_key, a.rank, 32, a.nope / 2, q + i * a.heads * head / 2, 0, sum + i, i ? 0 : next);
                 for (int i = 0; i < some; i++) {
                     __m512 one, two;
                     columns_of(sum[i], one, two);

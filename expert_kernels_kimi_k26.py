@@ -33,10 +33,11 @@ static void gate_up(const Expert& e, i64 from, i64 to, const bf16* const* x, i64
 
 // Each thread's own memory for the products of up to `rows` rows.
 struct Bench {
-    const bf16** x; bf16** inner; bf16* scratch; float *gate, *up;
+    const bf16** x; bf16** inner; float** sum; float* factor; bf16* scratch; float *gate, *up;
     static void layout(Bench* benches, i64 threads, i64 rows, i64 k) {
         for (i64 t = 0; t < threads; t++)
-            benches[t] = {arena.take<const bf16*>(rows), arena.take<bf16*>(rows), arena.take<bf16>(BLOCK * k),
+            benches[t] = {arena.take<const bf16*>(rows), arena.take<bf16*>(rows), arena.take<float*>(rows),
+                          arena.take<float>(rows), arena.take<bf16>(BLOCK * k),
                           arena.take<float>(rows * BLOCK), arena.take<float>(rows * BLOCK)};
     }
 };
@@ -153,13 +154,13 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
             for (i64 r = 0; r < rows; r++) memset(sums + r * f.hidden + begin, 0, (end - begin) * sizeof(float));
             for (i64 n = 0; n < count; n++) {
                 const Team& t = team[n];
-                for (i64 r = 0; r < t.rows; r++) mine.x[r] = inner + pair[t.first + r] * width;
+                for (i64 r = 0; r < t.rows; r++) {
+                    const i64 p = pair[t.first + r];
+                    mine.x[r] = inner + p * width; mine.sum[r] = sums + p / f.top_k * f.hidden; mine.factor[r] = weights[p];
+                }
                 for (i64 from = begin; from < end; from += BLOCK)
                     products(t.expert->down, from, std::min(from + BLOCK, end), mine.x, t.rows, width, f.group_size, mine.scratch,
-                             [&](i64 o, i64 r, float y) {
-                        const i64 p = pair[t.first + r];
-                        sums[p / f.top_k * f.hidden + o] += weights[p] * rounded(y);
-                    });
+                             [&](i64 o, i64 r, float y) { mine.sum[r][o] += mine.factor[r] * rounded(y); });
             }
             for (i64 r = 0; r < rows; r++)
                 for (i64 o = begin; o < end; o++) sums[r * f.hidden + o] = rounded(sums[r * f.hidden + o]);

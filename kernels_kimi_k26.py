@@ -139,6 +139,12 @@ struct Matrix {
 
 enum { AHEAD = 6144 };  // bytes: words are asked for so long before they are needed, as memory is slower than the unpacking
 
+// Thirty-two values of INT4 words, each in the low bits of sixteen; of what stands above, a table takes no notice.
+static inline __m512i nibbles(const uint8_t* at) {
+    const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at));
+    return _mm512_or_si512(pair, _mm512_slli_epi32(pair, 12));
+}
+
 // The same for INT4 words: a group's sixteen possible weights stand in a table, from which its values pick.
 template <int O, int R>
 static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[ROWS]) {
@@ -166,8 +172,7 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
                 for (int o = 0; o < O; o++) {
                     const uint8_t* at = w + (o * k + i) / 2;
                     if (i % 128 == 0) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
-                    __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at));
-                    pair = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 12));  // the low five bits of each half pick
+                    const __m512i pair = nibbles(at);
                     __m512bh weight = (__m512bh)_mm512_permutexvar_epi16(pair, table[o]);
                     for (int r = 0; r < R; r++) sum[o][r] = _mm512_dpbf16_ps(sum[o][r], weight, given[r]);
                 }
@@ -213,9 +218,7 @@ static void dequantize(const uint8_t* w, const bf16* scales, i64 k, i64 group, b
     for (i64 g = 0; g < k / group; g++) {
         __m512i table = _mm512_broadcast_i64x4(narrow16(_mm512_mul_ps(values, _mm512_set1_ps(wide(scales[g])))));
         for (i64 i = g * group; i < (g + 1) * group; i += 32) {
-            __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w + i / 2)));
-            pair = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 12));
-            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(pair, table));
+            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(nibbles(w + i / 2), table));
         }
     }
 }
@@ -257,8 +260,10 @@ template <class F> static void linear(const bf16* w, i64 outputs, i64 k, const b
 // sum[h][:] += weights[h] . rows, where `weights` holds a pair of bfloat16 for each two rows; up to 32 columns, H sums.
 // Two rows are interleaved, so the columns of a sum come in the order that `columns_of` undoes.
 template <int H>
-static inline void weigh(const bf16* rows, i64 stride, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, __m512 (*sum)[2]) {
+static inline void weigh(const bf16* rows, i64 stride, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, __m512 (*sum)[2],
+                         i64 ahead = 0) {  // distance of what will be read next time
     for (i64 t = 0; t < pairs; t++) {
+        if (ahead) for (int i = 0; i < 2; i++) _mm_prefetch((const char*)(rows + (2 * t + i) * stride + ahead), _MM_HINT_T1);
         __m512i one = (__m512i)load32(rows + 2 * t * stride, width), two = (__m512i)load32(rows + (2 * t + 1) * stride, width);
         __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), high = (__m512bh)_mm512_unpackhi_epi16(one, two);
         for (int h = 0; h < H; h++) {

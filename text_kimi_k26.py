@@ -22,7 +22,7 @@ from .cache_kimi_k26 import write_latents
 from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
 from .decoding_kimi_k26 import native_decoder, serves_attention
-from .experts_kimi_k26 import ExpertStore, KimiK26MLP, KimiK26MoE, at_least_float32
+from .experts_kimi_k26 import ExpertStore, KimiK26Experts, KimiK26MLP, KimiK26MoE, at_least_float32
 from .native_kimi_k26 import attention, is_plain
 from .parallel_kimi_k26 import Peers, check_split, local
 
@@ -473,8 +473,8 @@ class KimiK26TextModel(nn.Module):
 
     def runs_through(self, layers) -> bool:
         """Whether nobody looks at single layers and nothing must be read or given back between them."""
-        first = next((layer.mlp.experts for layer in layers if isinstance(layer.mlp, KimiK26MoE)), None)
-        resident = first is None or not first.store.bounded
+        routing = next((layer.mlp for layer in layers if isinstance(layer.mlp, KimiK26MoE)), None)
+        resident = routing is None or isinstance(routing.experts, KimiK26Experts) and not routing.experts.store.bounded
         return resident and not self.streams and all(is_plain(layer) for layer in layers)
 
     def forward(
