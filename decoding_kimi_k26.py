@@ -1,6 +1,8 @@
 """Where the native kernels take the place of PyTorch's operations: above all one new token per row through a layer."""
 
 import ctypes
+from typing import Optional
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -127,18 +129,24 @@ class NativeLayer:
             parameters[name].data_ptr() == at for parameters, name, at in self._tensors
         )
 
-    def extend(self, where: Latents, cache: Cache, x: torch.Tensor, span):
-        """One more place for each row in the cache of this layer; `where` then says where it is."""
+    def extend(self, cache: Cache, x: torch.Tensor, span) -> "Place":
+        """One more place for each row in the cache of this layer."""
         layer = layer_of(cache, self.layer.self_attn.layer_idx)
         if isinstance(layer, LatentLayer):
             past = layer.extend(x, (self.attention.rank, self.attention.rope), 1)
         else:
             past = int(span.query_index[0])
-            if hasattr(layer, "cumulative_length"):  # transformers 5 counts
-                layer.cumulative_length.add_(1)
-        where.latent, where.rotary, where.past = layer.keys.data_ptr(), layer.values.data_ptr(), past
-        where.latent_row, _, where.latent_key, _ = layer.keys.stride()
-        where.rotary_row, _, where.rotary_key, _ = layer.values.stride()
+            count_one(layer)
+        return layer.keys, layer.values, past
+
+
+Place = tuple[torch.Tensor, torch.Tensor, int]  # latents and rotary keys of a layer, and how many tokens are before the new one
+
+
+def count_one(layer: StaticLayer):
+    """Tell a static layer that it holds one token more: transformers 5 counts."""
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length.add_(1)
 
 
 class NativeDecoder:
@@ -169,16 +177,23 @@ class NativeDecoder:
         """Whether the layers are as they were; what happens to single experts is seen at the next prompt."""
         return all(part.is_current() for part in self.parts)
 
-    def __call__(self, x: torch.Tensor, rotary, span, past_key_values: Cache):
+    def __call__(self, x: torch.Tensor, rotary, span, past_key_values: Cache) -> tuple[torch.Tensor, torch.Tensor]:
         """`x` `(batch, 1, hidden_size)` bfloat16 → the same after the layers, and the routers' logits of each that routes."""
+        return self.run(x, rotary, span.padding, [part.extend(past_key_values, x, span) for part in self.parts])
+
+    def run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place]):
+        """The same where the caches have made room already."""
         rows, count, threads = x.shape[0], len(self.parts), i64(torch.get_num_threads())
         x = x.clone(memory_format=torch.contiguous_format)
         middle, normed = torch.empty_like(x), torch.empty_like(x)
         cos, sin = (part.expand(rows, 1, -1).contiguous() for part in rotary)
-        padding = None if span.padding is None else span.padding.contiguous()
-        for call, part in zip(self.calls, self.parts):
-            part.extend(call.latents, past_key_values, x, span)
-            call.latents.mask, call.latents.mask_row = (None, 0) if padding is None else (padding.data_ptr(), padding.stride(0))
+        padding = None if padding is None else padding.contiguous()
+        for call, (keys, values, past) in zip(self.calls, places):
+            where = call.latents
+            where.latent, where.rotary, where.past = keys.data_ptr(), values.data_ptr(), past
+            where.latent_row, _, where.latent_key, _ = keys.stride()
+            where.rotary_row, _, where.rotary_key, _ = values.stride()
+            where.mask, where.mask_row = (None, 0) if padding is None else (padding.data_ptr(), padding.stride(0))
         for experts in self.experts:
             experts.known.refresh(thorough=self.calls[0].latents.past == 0)
         sizes = self.calls[count - 1].feed_forward  # of all that route
@@ -243,6 +258,76 @@ def native_decoder(owner: nn.Module, layers, x: torch.Tensor, span, past_key_val
     if owner.native is None or not owner.native.is_current():
         owner.native = NativeDecoder(list(layers))
     return owner.native if owner.native.fits else None
+
+
+# In a compiled graph all layers are one operation. It is found by a number, as graphs hold tensors and numbers alone; its
+# name has the module's, which may be loaded more than once.
+NAMESPACE = __name__.replace(".", "_")
+_owners: WeakValueDictionary = WeakValueDictionary()
+
+
+@torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=("keys", "values"))
+def decode(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    at: torch.Tensor,
+    padding: Optional[torch.Tensor],
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    owner: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One new token of each row, at the place `at` of static caches, through all layers of the text model `owner`."""
+    model, past = _owners[owner], int(at[0])
+    if past >= keys[0].shape[2]:
+        raise ValueError(f"the static cache has room for {keys[0].shape[2]} tokens, and one comes at place {past}")
+    if model.native is None or not model.native.is_current():
+        model.native = NativeDecoder(list(model.layers))
+    if not model.native.fits:
+        raise RuntimeError("the layers have changed since the model was compiled; compile it again")
+    return model.native.run(x, (cos, sin), padding, [(*place, past) for place in zip(keys, values)])
+
+
+@decode.register_fake
+def _(x, cos, sin, at, padding, keys, values, owner):
+    routing = [layer.mlp.gate.weight.shape[0] for layer in _owners[owner].layers if hasattr(layer.mlp, "gate")]
+    return torch.empty_like(x), x.new_empty(len(routing), x.shape[0], max(routing, default=0), dtype=torch.float32)
+
+
+@torch.compiler.assume_constant_result
+def _number(model: nn.Module) -> int:
+    """What stands for a text model in a graph; 0 where the kernels cannot compute its layers."""
+    if model.native is None or not model.native.is_current():
+        model.native = NativeDecoder(list(model.layers))
+    _owners[id(model)] = model
+    return id(model) if model.native.fits else 0
+
+
+def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cache):
+    """What a [`NativeDecoder`] gives, while a graph is being made: over a static cache; `None` where it cannot serve."""
+    if (
+        x.shape[1] != 1
+        or x.shape[0] > MOST_ROWS
+        or x.dtype != torch.bfloat16
+        or x.device.type != "cpu"
+        or past_key_values is None
+        or model.training
+        or torch.is_grad_enabled()
+        or span.given is not None
+        or span.documents is not None
+    ):
+        return None
+    caches = [layer_of(past_key_values, layer.self_attn.layer_idx) for layer in model.layers]
+    if not all(type(cache) is StaticLayer and cache.is_initialized and cache.keys.dtype == x.dtype for cache in caches):
+        return None
+    number = _number(model)
+    if not number:
+        return None
+    keys, values = [cache.keys for cache in caches], [cache.values for cache in caches]
+    out = decode(x, *rotary, span.query_index, span.padding, keys, values, number)
+    for cache in caches:
+        count_one(cache)
+    return out
 
 
 def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:

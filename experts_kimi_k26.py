@@ -5,6 +5,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from functools import cached_property, partial
 from itertools import accumulate, cycle
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -448,6 +449,9 @@ class KimiK26Experts(nn.ModuleList):
         Returns:
             `torch.Tensor` of shape `(tokens, hidden_size)` in the dtype of `x`.
         """
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and not torch.is_grad_enabled():
+            total = opaque_experts(x, weights, chosen, number_of(self))
+            return total if beside is None else total + beside()
         if self.peers is not None:
             x, weights = self.peers.sum_gradients(x, weights)
         routing = Routing(weights, chosen, len(self))
@@ -621,6 +625,29 @@ class KimiK26Experts(nn.ModuleList):
         prepared = CpuExpert(expert)
         release(expert)  # the words have served
         return prepared
+
+
+# In a compiled graph the experts are one operation on a CPU: which of them are computed is known when it runs only. It
+# finds them by a number, as graphs hold tensors and numbers alone; its name has the module's, which may be loaded twice.
+_numbered: WeakValueDictionary = WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result
+def number_of(experts: KimiK26Experts) -> int:
+    """What stands for the experts of a layer in a graph."""
+    _numbered[id(experts)] = experts
+    return id(experts)
+
+
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::experts", mutates_args=())
+def opaque_experts(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, number: int) -> torch.Tensor:
+    """[`KimiK26Experts.forward`] without what is beside."""
+    return _numbered[number](x, weights, chosen)
+
+
+@opaque_experts.register_fake
+def _(x, weights, chosen, number):
+    return torch.empty_like(x)
 
 
 class KimiK26MoE(nn.Module):

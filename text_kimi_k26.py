@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_kimi_k26 import write_latents
 from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .decoding_kimi_k26 import native_decoder, serves_attention
+from .decoding_kimi_k26 import compiled_decode, native_decoder, serves_attention
 from .experts_kimi_k26 import ExpertStore, KimiK26Experts, KimiK26MLP, KimiK26MoE, at_least_float32
 from .native_kimi_k26 import attention, is_plain
 from .parallel_kimi_k26 import Peers, check_split, local
@@ -471,11 +471,17 @@ class KimiK26TextModel(nn.Module):
                 layer.mlp.experts.store = store
         return store
 
-    def runs_through(self, layers) -> bool:
-        """Whether nobody looks at single layers and nothing must be read or given back between them."""
-        routing = next((layer.mlp for layer in layers if isinstance(layer.mlp, KimiK26MoE)), None)
+    def in_one_go(self, x, rotary, span, past_key_values):
+        """All layers by the native kernels, and the routers' logits; `None` where they cannot serve, where somebody looks
+        at single layers, or where weights must be read or given back between them."""
+        if torch.compiler.is_compiling():
+            return compiled_decode(self, x, rotary, span, past_key_values)
+        routing = next((layer.mlp for layer in self.layers if isinstance(layer.mlp, KimiK26MoE)), None)
         resident = routing is None or isinstance(routing.experts, KimiK26Experts) and not routing.experts.store.bounded
-        return resident and not self.streams and all(is_plain(layer) for layer in layers)
+        if self.streams or not resident or not all(is_plain(layer) for layer in self.layers):
+            return None
+        native = native_decoder(self, self.layers, x, span, past_key_values)
+        return None if native is None else native(x, rotary, span, past_key_values)
 
     def forward(
         self,
@@ -525,12 +531,12 @@ class KimiK26TextModel(nn.Module):
 
         x, rotary = inputs_embeds, self.rotary_emb(position_ids)
         hidden_states, attentions, router_logits = (x,), (), ()
-        layers, native = self.layers, None
-        if not (output_hidden_states or output_attentions) and self.runs_through(layers):
-            native = native_decoder(self, layers, x, span, past_key_values)
-        if native is not None:  # all layers in one go
-            x, router_logits = native(x, rotary, span, past_key_values)
-            layers, router_logits = (), tuple(router_logits)
+        layers = self.layers
+        if not (output_hidden_states or output_attentions):
+            whole = self.in_one_go(x, rotary, span, past_key_values)
+            if whole is not None:
+                x, logits = whole
+                layers, router_logits = (), tuple(logits)
         for layer in layers:
             x, weights, logits = layer(
                 x, rotary, span, past_key_values=past_key_values, output_attentions=output_attentions
