@@ -308,3 +308,74 @@ def test_logits_are_no_farther_from_float32_than_those_of_the_plain_path(monkeyp
     slow = logits(model)
     assert not torch.equal(fast, slow)
     assert error(fast, want) < 1.2 * error(slow, want)
+
+
+@pytest.mark.parametrize("shape", ["as published", "bfloat16 experts"])
+def test_many_rows_on_several_threads(shape, monkeypatch):
+    model = make({**SHAPES[shape], "num_experts_per_tok": 3})
+    experts, layer = model.language_model.model.layers[1].mlp.experts, model.language_model.model.layers[1]
+    torch.manual_seed(0)
+    x, weights = torch.randn(90, experts.sizes["hidden"]).bfloat16(), torch.rand(90, 3)
+    chosen = torch.stack([torch.randperm(8)[:3] for _ in range(90)])
+    parts = [torch.randn(2, 70, *size).bfloat16() for size in ((3, 24), (3, 8), (3, 24), (8,), (3, 20))]
+    results = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        with torch.no_grad():
+            step = one_step(layer, *inputs(model, 3, 40))[0]
+            results.append((experts(x, weights, chosen), attention(*parts, 0, None, 0.3), step))
+    for other in results[1:]:
+        assert torch.equal(other[0], results[0][0]) and torch.equal(other[1], results[0][1])
+        assert error(other[2], results[0][2].float()) < 0.01  # cached tokens are cut in as many pieces as there are threads
+
+
+def test_all_layers_in_one_call_are_the_layers_one_by_one():
+    model = make({"num_hidden_layers": 4, "first_k_dense_replace": 2})
+    ids = torch.randint(0, 90, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    results = []
+    for by_layer in (False, True):
+        model.expert_store.clear()
+        with torch.no_grad():
+            out, logits = model(input_ids=ids[:, :6], attention_mask=mask[:, :6]), []
+            for at in range(6, 12):
+                given = {"input_ids": ids[:, at : at + 1], "attention_mask": mask[:, : at + 1], "output_router_logits": True}
+                out = model(**given, past_key_values=out.past_key_values, output_hidden_states=by_layer)
+                logits.append(torch.stack((out.logits, *[part.mean() + 0 * out.logits for part in out.router_logits])))
+        results.append((torch.stack(logits), model.expert_store.hits, model.expert_store.misses))
+    assert model.language_model.model.native is not None and model.language_model.model.layers[3].native is not None
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1:] == results[1][1:] and results[0][1] > 0
+
+
+def test_a_budget_forgets_experts_after_use():
+    model = make({})
+    ids = torch.randint(0, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+
+    def text():
+        return model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+
+    want, size = text(), sum(p.nbytes for n, p in model.named_parameters() if ".experts." in n)
+    experts = model.language_model.model.layers[1].mlp.experts
+    assert experts.known._held
+    model.set_budget(expert_budget=size // 3)
+    assert torch.equal(text(), want)
+    assert not experts.known._held and model.expert_store.bytes_held <= size // 3
+    model.set_budget(expert_budget=size)
+    assert torch.equal(text(), want) and experts.known._held
+
+
+def test_a_changed_expert_is_seen_at_the_next_prompt():
+    model = make({})
+    ids = torch.randint(0, 90, (1, 6), generator=torch.Generator().manual_seed(0))
+
+    def last():
+        with torch.no_grad():
+            out = model(input_ids=ids[:, :5], use_cache=True)
+            return model(input_ids=ids[:, 5:], past_key_values=out.past_key_values).logits
+
+    before, experts = last(), model.language_model.model.layers[1].mlp.experts
+    for number in list(experts.known._held)[:1]:
+        experts[number].down_proj.weight_scale.data = torch.zeros_like(experts[number].down_proj.weight_scale)
+    assert not torch.equal(last(), before)
