@@ -12,7 +12,7 @@ import torch
 
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
 from kimi_k26.experts_kimi_k26 import DeviceExpert, KimiK26MoE, Routing, held_bytes
-from kimi_k26.modeling_kimi_k26 import _built_on_meta
+from kimi_k26.loading_kimi_k26 import built_on_meta
 from kimi_k26.placement_kimi_k26 import OF_AN_EXPERT, OFFLOADED, Placement, Sizes, check_map, deal, memory, plan
 from kimi_k26.tests.pretended_devices import PretendedDevices, accelerator, move
 from kimi_k26.tests.tiny_models import config_dict, fill, make_model, media_prompt, words
@@ -230,7 +230,7 @@ def published(golden) -> Sizes:
     """Of the published model, built on `meta`: its first layers, of which the others are copies."""
     config = KimiK26Config(**json.loads((golden / "vocab" / "config.json").read_text()))
     layers, config.text_config.num_hidden_layers = config.text_config.num_hidden_layers, 2
-    with _built_on_meta(torch.bfloat16):
+    with built_on_meta(torch.bfloat16):
         sizes = Sizes.of(KimiK26ForConditionalGeneration(config))
     blocks, experts = {}, {}
     for name, parts in sizes.blocks.items():

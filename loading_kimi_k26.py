@@ -1,0 +1,188 @@
+"""How `from_pretrained` brings a folder's weights into a model: mapped, judged before, dealt to accelerators.
+
+What it cannot do so goes through the library's own loader, after the same judgement.
+"""
+
+import copy
+import os
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Optional
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.generation import GenerationConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import GENERATION_CONFIG_NAME, logging
+
+from .checkpoint_kimi_k26 import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError
+from .configuration_kimi_k26 import KimiK26Config
+from .placement_kimi_k26 import OFFLOADED, STRATEGIES, Placement, Sizes, as_device, is_of_experts, memory, plan
+from .soundness_kimi_k26 import findings_at_load
+
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4
+    from transformers.modeling_utils import no_init_weights
+
+# Arguments of `from_pretrained` that change nothing about a folder whose weights are mapped into main memory.
+SAYS_NOTHING_HERE = {
+    *("trust_remote_code", "code_revision", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies"),
+    *("low_cpu_mem_usage", "use_safetensors", "weights_only", "offload_folder", "offload_state_dict", "offload_buffers"),
+    *("adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"),
+}
+
+
+def maps_into_memory(folder, model_args, kwargs) -> bool:
+    """Whether a call of `from_pretrained` asks for no more than a folder's safetensors files in main memory, or dealt
+    to accelerators from there."""
+    known = {"config", "dtype", "device_map", "output_loading_info", "attn_implementation", "max_memory"}
+    known |= SAYS_NOTHING_HERE
+    on_cpu = [None, "cpu", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")}]
+    device_map, max_memory = kwargs.get("device_map"), kwargs.get("max_memory")
+    if not torch.accelerator.is_available() or max_memory is not None and set(max_memory) <= set(OFFLOADED):
+        on_cpu += STRATEGIES
+    in_memory = device_map in on_cpu or _spreads(device_map, max_memory)
+    folder = Path(folder) if folder is not None and os.path.isdir(folder) else None
+    return (
+        not model_args
+        and set(kwargs) <= known
+        and in_memory
+        and torch.get_default_device().type == "cpu"
+        and folder is not None
+        and kwargs.get("use_safetensors") is not False
+        and not isinstance(kwargs["dtype"], dict)
+        and not kwargs.get("adapter_kwargs")
+        and not (folder / "adapter_config.json").exists()
+        and any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE))
+        and not is_deepspeed_zero3_enabled()
+    )
+
+
+def load_mapped(cls, folder, expert_budget, kwargs: dict):
+    """What `cls.from_pretrained` gives where [`maps_into_memory`] says yes: the model, or also an empty report.
+
+    Args:
+        cls: the class of the model.
+        folder (`str` or `os.PathLike`): the checkpoint.
+        expert_budget (`int` or `str`, *optional*), kwargs (`dict`): of `from_pretrained`.
+
+    Raises:
+        CheckpointError: listing all that is damaged or does not fit the config.
+    """
+    dtype, device_map = kwargs.pop("dtype"), kwargs.pop("device_map", None)
+    max_memory = kwargs.pop("max_memory", None)
+    loading_info = kwargs.pop("output_loading_info", False)
+    for key in SAYS_NOTHING_HERE:
+        kwargs.pop(key, None)
+    attention = kwargs.pop("attn_implementation", None)
+    config = kwargs.pop("config", None)
+    if not isinstance(config, PretrainedConfig):
+        source = folder if config is None else config
+        config, kwargs = KimiK26Config.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+    config = copy.deepcopy(config)
+    config.name_or_path = str(folder)
+    config._attn_implementation = attention
+    checkpoint, stored = Checkpoint(folder), _stored_dtype(folder)
+    for part in (config, config.text_config):
+        if dtype != "auto":
+            part.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with built_on_meta(config.dtype or torch.float32):
+        model = cls(config, **kwargs)
+    findings = findings_at_load(checkpoint, model, stored)
+    if findings:
+        raise CheckpointError(folder, findings)
+    progress = partial(logging.tqdm, desc="Loading weights", unit=" modules")
+    if _spreads(device_map, max_memory):
+        placement = _placement(model, device_map, max_memory, expert_budget)
+        checkpoint.fill(model, progress, placement.device_of)
+        placement.carry_out(model, partial(logging.tqdm, desc="Sending experts", unit=" experts"))
+    else:
+        checkpoint.fill(model, progress)
+        model.set_budget((max_memory or {}).get("cpu"), expert_budget)
+        if device_map is not None:
+            model.hf_device_map = {"": "cpu"}
+    model.eval()
+    if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    nothing = {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
+    return (model, nothing) if loading_info else model
+
+
+def refuse_damage(cls, folder, kwargs):
+    """Judge a folder that the library is to load, which itself makes up what is missing.
+
+    Left out where the caller asks for other files, another config, or for mismatches to be ignored.
+    """
+    other = ("state_dict", "subfolder", "variant", "gguf_file", "ignore_mismatched_sizes", "text_config", "vision_config")
+    folder = Path(folder) if folder is not None and os.path.isdir(folder) else None
+    if folder is None or any(kwargs.get(key) for key in other) or kwargs.get("use_safetensors") is False:
+        return
+    if not any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
+        return
+    config = kwargs.get("config")
+    if not isinstance(config, PretrainedConfig):
+        config = KimiK26Config.from_pretrained(folder if config is None else config)
+    stored = _stored_dtype(folder)
+    with built_on_meta(stored or torch.float32):
+        model = cls(copy.deepcopy(config))
+    findings = findings_at_load(Checkpoint(folder), model, stored)
+    if findings:
+        raise CheckpointError(folder, findings)
+
+
+def _stored_dtype(folder) -> Optional[torch.dtype]:
+    """What the folder's own config says; the Auto classes write the dtype asked for into the config they hand over."""
+    try:
+        fields, _ = KimiK26Config.get_config_dict(folder)
+    except OSError:
+        return None
+    name = fields.get("dtype", fields.get("torch_dtype"))
+    return getattr(torch, name) if isinstance(name, str) else None
+
+
+@contextmanager
+def built_on_meta(dtype: torch.dtype):
+    """Modules built inside have their floating-point parameters in `dtype`, on `meta`, and are not initialised."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights(), torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _spreads(device_map, max_memory) -> bool:
+    """Whether the experts are to be dealt to accelerators."""
+    if isinstance(device_map, str) and device_map in STRATEGIES:
+        return torch.accelerator.is_available() and (max_memory is None or not set(max_memory) <= set(OFFLOADED))
+    return is_of_experts(device_map)
+
+
+def _placement(model, device_map, max_memory, expert_budget) -> Placement:
+    sizes, amounts = Sizes.of(model), memory(model, max_memory)
+    if isinstance(device_map, str):
+        device_map = plan(sizes, amounts, device_map)
+    else:  # other devices are not to be used
+        used = {as_device(place) for place in device_map.values()}
+        amounts = {place: amount for place, amount in amounts.items() if as_device(place) in used}
+    budget = None if expert_budget is None else convert_file_size_to_int(expert_budget)
+    return Placement.of(device_map, sizes, amounts, budget)
+
+
+def read_from_disk_as_stored(model: nn.Module):
+    """Let what is offloaded to disk be read in its own dtype: transformers 4 has INT4 words cast to that of the model."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            index = getattr(getattr(getattr(part, "weights_map", None), "dataset", None), "index", None)
+            if index:  # one for all modules
+                for name, parameter in model.named_parameters():
+                    if "dtype" in index.get(name, {}):
+                        index[name]["dtype"] = str(parameter.dtype).removeprefix("torch.")
+                return
