@@ -48,7 +48,8 @@ class GrowingLayer(DynamicLayer):
     def _fits(self, length: int) -> bool:
         """Whether what is held still stands at the beginning of a room with space for `length` tokens."""
         return self._room is not None and all(
-            held.data_ptr() == room.data_ptr()
+            is_writable(room)
+            and held.data_ptr() == room.data_ptr()
             and held.stride() == room.stride()
             and held.shape[0] == room.shape[0]
             and length <= room.shape[2]
@@ -59,6 +60,11 @@ class GrowingLayer(DynamicLayer):
         """Forget all tokens."""
         self.keys = self.values = self._room = None
         self.is_initialized = False
+
+
+def is_writable(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch lets this be written in place here: what was made in inference mode only there."""
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
 class LatentLayer(GrowingLayer):
@@ -85,7 +91,7 @@ class Scratch:
         until the next call."""
         sizes = [math.prod(shape) for shape in shapes]
         held = self._held.get(like.device)
-        if held is None or held.dtype != like.dtype or held.numel() < sum(sizes):
+        if held is None or held.dtype != like.dtype or held.numel() < sum(sizes) or not is_writable(held):
             held = self._held.pop(like.device, None)  # given back before more is asked for
             held = self._held[like.device] = like.new_empty(sum(sizes) + sum(sizes) // 4)
         parts = held[: sum(sizes)].split(sizes)
