@@ -266,17 +266,15 @@ NAMESPACE = __name__.replace(".", "_")
 _owners: WeakValueDictionary = WeakValueDictionary()
 
 
-@torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=("keys", "values"))
-def decode(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    at: torch.Tensor,
-    padding: Optional[torch.Tensor],
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
-    owner: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+# Defined plainly, for what `torch.library.custom_op` puts around costs as much as the graph saves.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define(
+    "decode(Tensor x, Tensor cos, Tensor sin, Tensor at, Tensor? padding, Tensor(a!)[] keys, Tensor(b!)[] values, int owner)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[torch.Tensor], owner: int):
     """One new token of each row, at the place `at` of static caches, through all layers of the text model `owner`."""
     model, past = _owners[owner], int(at[0])
     if past >= keys[0].shape[2]:
@@ -288,10 +286,24 @@ def decode(
     return model.native.run(x, (cos, sin), padding, [(*place, past) for place in zip(keys, values)])
 
 
-@decode.register_fake
-def _(x, cos, sin, at, padding, keys, values, owner):
+def _decoded(x, cos, sin, at, padding, keys, values, owner):
+    """Empty tensors in the shape of the result."""
     routing = [layer.mlp.gate.weight.shape[0] for layer in _owners[owner].layers if hasattr(layer.mlp, "gate")]
     return torch.empty_like(x), x.new_empty(len(routing), x.shape[0], max(routing, default=0), dtype=torch.float32)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
+    return library() is not None
+
+
+_library.define("few_rows(Tensor x, Tensor weight) -> Tensor")
+_library.impl("few_rows", few_rows, "CPU")
+torch.library.register_fake(f"{NAMESPACE}::few_rows", lambda x, weight: x.new_empty(len(x), len(weight)), lib=_library)
+_product = getattr(torch.ops, NAMESPACE).few_rows.default
+_library.impl("decode", _decode, "CPU")
+torch.library.register_fake(f"{NAMESPACE}::decode", _decoded, lib=_library)
+_operation = getattr(torch.ops, NAMESPACE).decode.default
 
 
 @torch.compiler.assume_constant_result
@@ -324,7 +336,7 @@ def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_va
     if not number:
         return None
     keys, values = [cache.keys for cache in caches], [cache.values for cache in caches]
-    out = decode(x, *rotary, span.query_index, span.padding, keys, values, number)
+    out = _operation(x, *rotary, span.query_index, span.padding, keys, values, number)
     for cache in caches:
         count_one(cache)
     return out
@@ -338,7 +350,6 @@ def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
         or x.dtype != torch.bfloat16
         or x.device.type != "cpu"
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or type(linear) is not nn.Linear
         or type(linear.weight) is not nn.Parameter
         or not is_plain(linear)
@@ -346,10 +357,11 @@ def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
         or linear.weight.dtype != torch.bfloat16
         or not linear.weight.is_contiguous()
         or linear.weight.device.type != "cpu"
-        or library() is None
+        or not _has_kernels()
     ):
         return linear(x)
-    return few_rows(x.flatten(0, 1).contiguous(), linear.weight).unflatten(0, x.shape[:2])
+    product = _product if torch.compiler.is_compiling() else few_rows
+    return product(x.flatten(0, 1).contiguous(), linear.weight).unflatten(0, x.shape[:2])
 
 
 def serves_attention(attention: nn.Module, query: torch.Tensor, span) -> bool:
