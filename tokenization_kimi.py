@@ -2,8 +2,8 @@
 
 Ids run over the byte-pair ranks of the file, then 256 special ids. The special ones that `tokenizer_config.json` names
 (`added_tokens_decoder`) bear those names, the others are `<|reserved_token_ID|>`; tokens a user adds come after them.
-Text goes to tiktoken in one piece and comes back in one piece: nothing here works token by token, except where the caller
-asks for tokens as strings.
+Text goes to tiktoken in pieces as long as it takes, those of a long text at once on all cores, and comes back in one:
+nothing here works token by token, except where the caller asks for tokens as strings.
 """
 
 import inspect
@@ -176,17 +176,22 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     def _segments(self, text: str, plain: bool, control: ControlText | None) -> Iterator[tuple[list[int], int, int]]:
         """Ids of consecutive parts of `text` with the character range of each part."""
         if plain or self._added_pattern is None:
-            allowed = set() if plain or control else "all"
-            start = 0
-            for piece in split_long_text(text):
+            options = {"allowed_special": set() if plain or control else "all", "disallowed_special": ()}
+            pieces, start = list(split_long_text(text)), 0
+            if len(pieces) > 1 and (plain or not control):
+                threads = min(len(pieces), os.cpu_count() or 1)
+                for piece, ids in zip(pieces, self._encoding.encode_batch(pieces, num_threads=threads, **options)):
+                    yield ids, start, start + len(piece)
+                    start += len(piece)
+                return
+            for piece in pieces:
                 begin, end = start, start + len(piece)
                 # A token that was cut in two is none, here as elsewhere.
                 for first, last in control.within(start, end) if control and not plain else ():
                     yield self._encoding.encode_ordinary(text[start:first]), start, first
                     yield [self._token_ids[text[first:last]]], first, last
                     start = last
-                rest = piece[start - begin :]
-                yield self._encoding.encode(rest, allowed_special=allowed, disallowed_special=()), start, end
+                yield self._encoding.encode(piece[start - begin :], **options), start, end
                 start = end
             return
 
