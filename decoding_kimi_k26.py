@@ -125,9 +125,14 @@ class NativeLayer:
 
     def is_current(self) -> bool:
         """Whether every weight is where it was, in modules that do no more than their class says."""
-        return all(modules.get(name) is module and is_plain(module) for modules, name, module in self._modules) and all(
-            parameters[name].data_ptr() == at for parameters, name, at in self._tensors
-        )
+        # Asked for every token: plain loops, which take half the time of `all`.
+        for modules, name, module in self._modules:
+            if modules.get(name) is not module or not is_plain(module):
+                return False
+        for parameters, name, at in self._tensors:
+            if parameters[name].data_ptr() != at:
+                return False
+        return True
 
     def extend(self, cache: Cache, x: torch.Tensor, span) -> "Place":
         """One more place for each row in the cache of this layer."""

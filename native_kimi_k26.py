@@ -110,7 +110,7 @@ def addresses(*tensors: torch.Tensor) -> list:
 def is_plain(module: torch.nn.Module) -> bool:
     """Whether calling the module does no more than its class says: no hooks, nothing offloaded."""
     own = module.__dict__
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in own or "_hf_hook" in own)
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)
 
 
 @functools.cache
