@@ -37,7 +37,7 @@ class GrowingLayer(DynamicLayer):
             self.is_initialized = True
         before = self.keys.shape[2]
         if not self._fits(before + new):
-            size = before + new + max(64, (before + new) // 4)
+            size = before + new + max(64, (before + new) // 8)
             rooms = tuple(like.new_empty(like.shape[0], 1, size, width) for width in widths)
             for room, held in zip(rooms, (self.keys, self.values)):
                 room[:, :, :before] = held
