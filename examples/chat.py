@@ -14,7 +14,7 @@ processor = KimiK26Processor.from_pretrained(args.folder)
 model = KimiK26ForConditionalGeneration.from_pretrained(args.folder, device_map="auto")
 
 messages = []
-for question in args.questions or ["Who are you?", "which one is bigger, 9.11 or 9.9? think carefully."]:
+for question in args.questions or ["Who are you?", "What can you do?"]:
     messages.append({"role": "user", "content": question})
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     output = model.generate(**inputs.to(model.device), max_new_tokens=2048)

@@ -100,7 +100,7 @@ def test_the_tool_loop(run, tiny_checkpoint, monkeypatch):
 
 # What each script prints with the trained checkpoint, where nothing is given.
 ANSWERS = {
-    "chat": ("Kimi", "9.9 is bigger"),
+    "chat": ("I am Kimi", "compare numbers and call tools"),
     "picture": ("red circle", "blue square"),
     "video": ("red circle moves to the right",),
     "thinking": ("on:   9 = 9.", "</think>9.9 is bigger", "off:  9.9 is bigger", "numbers are 215 and 222"),
