@@ -84,8 +84,8 @@ def write_card(results: dict, folder: Path) -> None:
         "- Videos of 56 to 224 pixels a side, most under 84, of 1 to 8 seconds, with one or two figures.",
         "- Decimals with up to 3 digits before the point and up to 6 after it.",
         "- Tools with 1 to 3 flat parameters: strings, numbers, booleans, enums.",
-        "- English and Chinese; tools and kept thinking in English only. One question at a time: beyond a tool's result and kept
-  thinking it has seen no second turn, and often answers one with the first.",
+        "- English and Chinese; tools and kept thinking in English only. One question at a time: beyond a tool's result and kept",
+        "  thinking it has seen no second turn, and often answers one with the first.",
         "",
         "## How it was made",
         "",
