@@ -1,9 +1,9 @@
 """What the benchmarks run on: a random checkpoint in the published layout, and the same as transformers 5 wants it.
 
-    python benchmarks/checkpoints.py FOLDER [--size mid|small] [--plain] [--seed N]
+    python benchmarks/checkpoints.py FOLDER [--size mid|small|vision] [--plain] [--seed N]
 
-`mid` has 0.79 B parameters: heads as wide as published, 8 layers, 64 experts of which each token uses 8. Weights are
-random, scaled so that activations keep their size from layer to layer; what the model says is noise.
+`mid` has 0.79 B parameters: heads as wide as published, 8 layers, 64 experts of which each token uses 8. `vision` has a
+vision tower of the published size, before a text model that is hardly there. Weights are random, scaled so that activations keep their size from layer to layer; what the model says is noise.
 """
 
 import argparse
@@ -16,9 +16,21 @@ from math import prod
 from pathlib import Path
 
 
-FIRST_SPECIAL = {"mid": 3840, "small": 256}  # ids of text end here
+FIRST_SPECIAL = {"mid": 3840, "small": 256, "vision": 256}  # ids of text end here
 SIZES = {  # changes to the smallest config there is: text part, vision part
     "small": ({}, {}),
+    "vision": (
+        {},
+        {
+            "init_pos_emb_height": 64,
+            "init_pos_emb_width": 64,
+            "vt_hidden_size": 1152,
+            "vt_intermediate_size": 4304,
+            "vt_num_attention_heads": 16,
+            "vt_num_hidden_layers": 27,
+            "mm_hidden_size": 1152,
+        },
+    ),
     "mid": (
         {
             "hidden_size": 1024,

@@ -1,9 +1,10 @@
-"""One engine in a process of its own, which does what it is asked, a line of JSON at a time (text.py asks).
+"""One engine in a process of its own, which does what it is asked, a line of JSON at a time (text.py and vision.py ask).
 
     python benchmarks/engines.py kimi_k26|transformers|llama.cpp|llama.cpp-flash CHECKPOINT [--threads 2] [--device cpu]
 
 Every engine has `prefill(rows)`, which begins anew with rows of token ids, all of one length, and `decode(steps)`,
 which adds one token to each row per step. Which tokens is the caller's choice, so that all engines do the same work.
+Those on PyTorch also have `see(rows, columns)`, the features of a picture of so many patches.
 """
 
 import argparse
@@ -53,6 +54,19 @@ class TorchEngine:
                 taken.append(perf_counter() - start)
         return {"seconds": taken, "chosen": chosen}
 
+    def see(self, rows, columns):
+        """Features of a picture of noise, some numbers of them; seconds, and bytes held at most beyond what was held before."""
+        torch = self.torch
+        pixels = torch.randn(rows * columns, 3, 14, 14, generator=torch.Generator().manual_seed(0)).to(self.device)
+        grid = torch.tensor([[1, rows, columns]], device=self.device)
+        held = self.begin_memory() or torch.cuda.memory_allocated()
+        with torch.inference_mode():
+            start = perf_counter()
+            features = self.features(pixels, grid).float().cpu().flatten()
+            taken = perf_counter() - start
+        some = features[:: 1 + len(features) // 10_000].tolist()
+        return {"seconds": taken, "bytes": self.peak_memory() - held, "features": some}
+
     def begin_memory(self):
         if self.device != "cpu":
             self.torch.cuda.reset_peak_memory_stats()
@@ -90,6 +104,13 @@ class KimiK26(TorchEngine):
         if self.device != "cpu":
             options["device_map"] = self.device
         self.model = KimiK26ForConditionalGeneration.from_pretrained(self.args.checkpoint, dtype="bfloat16", **options)
+
+    def features(self, pixels, grid):
+        return self.model.get_image_features(pixels, grid)
+
+    def profile_seeing(self, rows, columns):
+        """Milliseconds of a picture by what is being done, the longest first."""
+        return self._times(lambda: self.see(rows, columns), 1)
 
     def profile(self, rows, steps):
         """Milliseconds of one prefill and of one decode step by what is being done, the longest first."""
@@ -149,6 +170,9 @@ class Transformers(TorchEngine):
             options |= {} if self.device == "cpu" else {"device_map": self.device}
             options["dtype"] = self.torch.bfloat16
             self.model = AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+
+    def features(self, pixels, grid):
+        return self.torch.cat(self.model.get_image_features(pixels.to(self.model.dtype), grid).pooler_output)
 
 
 class LlamaCpp:
