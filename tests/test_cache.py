@@ -89,8 +89,8 @@ def test_bytes_of_a_token_and_layer(published_widths, kind, expected):
     assert len(cache.layers) == config.text_config.num_hidden_layers
     for layer in cache.layers:
         assert layer.keys.nbytes + layer.values.nbytes == expected * tokens
-    # With the room ahead, which is a quarter at most, and 64 tokens in each row.
-    most = len(cache.layers) * expected * (1.25 * tokens + 64 * rows)
+    # With the room ahead: an eighth at most, or 64 tokens in each row.
+    most = len(cache.layers) * expected * (1.125 * tokens + 64 * rows)
     assert sum(storages(cache).values()) <= most
 
 
@@ -102,7 +102,7 @@ def test_growth_is_amortized():
         latent, _ = cache.update(key, value, 0)
         homes.add(cache.layers[0].keys.data_ptr())
         scratch.add(latent.data_ptr())
-    assert cache.get_seq_length() == 3000 and len(homes) < 25 and len(scratch) < 30
+    assert cache.get_seq_length() == 3000 and len(homes) < 40 and len(scratch) < 40
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
