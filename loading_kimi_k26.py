@@ -56,7 +56,7 @@ def maps_into_memory(folder, model_args, kwargs) -> bool:
         and folder is not None
         and kwargs.get("use_safetensors") is not False
         and not isinstance(kwargs["dtype"], dict)
-        and not kwargs.get("adapter_kwargs")
+        and set(kwargs.get("adapter_kwargs") or ()) <= {"token", "revision"}  # of an adapter's files, which are not there
         and not (folder / "adapter_config.json").exists()
         and any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE))
         and not is_deepspeed_zero3_enabled()

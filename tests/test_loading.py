@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from accelerate import utils
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from kimi_k26 import KimiK26ForConditionalGeneration
 from kimi_k26.cli import CommandError, loading, main
@@ -14,6 +15,13 @@ def test_a_checkpoint_is_loaded(tiny_checkpoint):
     processor, model = loading.load_checkpoint(tiny_checkpoint, "float32", "64MiB", "1MiB")
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
     assert model.dtype == torch.float32 and not model.training and model.expert_store.budget == 2**20
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_the_auto_classes_map_the_files_too(tiny_checkpoint, auto):
+    model = auto.from_pretrained(tiny_checkpoint, trust_remote_code=True, dtype=torch.bfloat16, expert_budget="1MiB")
+    words = model.language_model.model.layers[1].mlp.experts[0].gate_proj.weight_packed
+    assert words.as_in_file[0] == words.data_ptr() and model.expert_store.budget == 2**20
 
 
 @pytest.mark.parametrize("gpus, wanted", [({}, {"cpu": "9GiB"}), ({0: 1000, 1: 2000}, {0: 900, 1: 1800, "cpu": "9GiB"})])
