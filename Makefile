@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH := 2.13.0
 VERSIONS := 4.57.1 4.57.6 5.23.0
 NEWEST := $(lastword $(VERSIONS))
+TRITON := 3.7.1
 
 .PHONY: test demo bench clean
 
@@ -29,6 +30,8 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and pinned, so that nothing after it brings another build. Files are compiled when first imported.
+# triton, which PyTorch for CPUs does without, stands beside the packages: PyTorch loads it wherever it finds it, 70 MiB in
+# every process. Only the tests of the GPU's kernels look there, for its interpreter.
 .venv/%/complete: tests/requirements.txt pyproject.toml setup.py Makefile
 	rm -rf .venv/$*
 	$(PYTHON) -m venv .venv/$*
@@ -36,6 +39,7 @@ clean:
 	.venv/$*/bin/python -m pip install -q --no-compile torch==$(TORCH) transformers==$* -r tests/requirements.txt
 	.venv/$*/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	.venv/$*/bin/python -m pip check
+	[ `uname` != Linux ] || .venv/$*/bin/python -m pip install -q --no-compile --no-deps --target .venv/$*/triton triton==$(TRITON)
 	touch $@
 
 .venv/llama.cpp/complete: benchmarks/requirements.txt

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ os.environ.pop("TRANSFORMERS_CACHE", None)
 # Without a GPU, triton's kernels run on its interpreter; it looks here when it is first imported.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"
+sys.path.append(os.path.join(sys.prefix, "triton"))  # see the Makefile
 # A process that a script starts in the background inherits that it ignores Ctrl-C; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
