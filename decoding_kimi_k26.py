@@ -1,6 +1,7 @@
 """Where the native kernels take the place of PyTorch's operations: above all one new token per row through a layer."""
 
 import ctypes
+import threading
 from typing import Optional
 from weakref import WeakValueDictionary
 
@@ -168,6 +169,7 @@ class NativeDecoder:
         self.parts = [NativeLayer(layer) for layer in layers]
         self.fits = all(part.fits for part in self.parts)
         self.calls = (Layer * len(layers))()
+        self._turn = threading.Lock()  # for the calls and what is known of experts, which a run sets and reads
         self.experts = [part.layer.mlp.experts for part in self.parts if part.has_experts]
         found = iter(self.experts)
         for call, part in zip(self.calls, self.parts):
@@ -187,7 +189,11 @@ class NativeDecoder:
         return self.run(x, rotary, span.padding, [part.extend(past_key_values, x, span) for part in self.parts])
 
     def run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place]):
-        """The same where the caches have made room already."""
+        """The same where the caches have made room already. Threads that share the model wait for each other here."""
+        with self._turn:
+            return self._run(x, rotary, padding, places)
+
+    def _run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place]):
         rows, count, threads = x.shape[0], len(self.parts), i64(torch.get_num_threads())
         x = x.clone(memory_format=torch.contiguous_format)
         middle, normed = torch.empty_like(x), torch.empty_like(x)

@@ -201,9 +201,9 @@ def test_the_native_kernels_serve_it(tiny_checkpoint):
     engine = Engine(model, [], rows=3)
     engine.start()
     prompt = words(9, seed=1)
-    _, lonely = ask(engine, prompt, 10)
-    with torch.inference_mode():
-        wanted = model.generate(prompt[None], max_new_tokens=10, do_sample=False, eos_token_id=-1)[0, 9:].tolist()
+    _, lonely = ask(engine, prompt, 50)
+    with torch.inference_mode():  # in this thread at the same time: the kernels serve one after the other
+        wanted = model.generate(prompt[None], max_new_tokens=50, do_sample=False, eos_token_id=-1)[0, 9:].tolist()
     assert lonely.wait() == wanted
     asked = [ask(engine, words(n, seed=n), 5)[1] for n in (4, 6, 5)]
     assert [len(listener.wait()) for listener in asked] == [5, 5, 5]
