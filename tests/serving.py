@@ -104,7 +104,7 @@ class Client:
     port: int
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers) -> tuple[int, dict | str, dict]:
         """Status, body and headers of an answer."""

@@ -1,5 +1,6 @@
 """The server over HTTP: what clients ask and are told. A stand-in for the model says what a test wants to hear."""
 
+import asyncio
 import base64
 import io
 import json
@@ -16,6 +17,7 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the server takes the extra `serve`")
 
 from kimi_k26.cli import main
+from kimi_k26.cli.serve import talks
 from kimi_k26.cli.serve.schema import ChatRequest
 from kimi_k26.cli.serve.service import Limits
 from kimi_k26.tests.serving import Running, Served, body_of, chunks_of, joined, script
@@ -312,7 +314,13 @@ def test_models_health_metrics(server):
 
 
 @pytest.mark.parametrize(
-    "method, path, status", [("GET", "/", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/embeddings", 404)]
+    "method, path, status",
+    [
+        ("GET", "/", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/v1/chat/completions/", 404),
+        ("POST", "/v1/embeddings", 404),
+    ],
 )
 def test_what_is_not_there(server, method, path, status):
     got, reply, _ = server.ask(method, path, b"{}")
@@ -355,7 +363,8 @@ def image(url) -> list[dict]:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
         ({"tools": [tool("f b")]}, "tools[0].function.name"),
-        ({"tools": [tool("f", {"type": "strin"})], "tool_choice": "required"}, "tools"),
+        ({"tools": [tool("f", {"type": "array"})]}, "tools[0].function.parameters"),
+        ({"tools": [tool("f", {"properties": {"a": {"type": "strin"}}})], "tool_choice": "required"}, "tools"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"thinking": {"type": "maybe"}}, "thinking.type"),
         ({"thinking": {"type": "disabled"}, "chat_template_kwargs": {"thinking": True}}, "thinking"),
@@ -474,6 +483,28 @@ def test_time_that_is_over(tiny_checkpoint):
         connection.close()
 
 
+def test_a_client_that_does_not_read(tiny_checkpoint, monkeypatch):
+    """Its place is free once its time is over, though what was sent is still on its way."""
+    monkeypatch.setattr(talks, "LAST_WORDS", 0.2)
+    body = [{"type": "http.request", "body": body_of(script(REPLY), stream=True)}]
+    sent = []
+
+    async def receive():
+        return body.pop() if body else await asyncio.sleep(1000)
+
+    async def send(message):
+        sent.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(1000)
+
+    with Running(tiny_checkpoint, Limits(seconds=1.0), rows=1, queue=0) as server:
+        path = "/v1/chat/completions"
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": []}
+        asyncio.run(asyncio.wait_for(server.server.config.app(scope, receive, send), 60))
+        assert sent == ["http.response.start", "http.response.body"]
+        assert server.chat(script(REPLY))[0] != 429
+
+
 def test_memory_for_requests(tiny_checkpoint):
     with Running(tiny_checkpoint, Limits(memory=30_000), pause=0.01) as server:
         content = [{"type": "text", "text": LONG}, {"type": "image_url", "image_url": picture()}]
@@ -493,6 +524,15 @@ def test_faults_of_the_model_are_told(tiny_checkpoint, caplog):
         server.model.fails = False
         assert server.chat(script(REPLY))[0] == 200
     assert "asleep" in caplog.text
+
+
+def test_a_schema_that_cannot_be_kept_to(tiny_checkpoint):
+    large = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(3000)}}
+    with Running(tiny_checkpoint, chunk=2**16) as server:
+        instant = {"thinking": {"type": "disabled"}}
+        status, reply = server.chat("Hi", tools=[tool("f", large)], tool_choice="required", **instant)
+        assert status == 400 and reply["error"]["code"] == "invalid_schema"
+        assert server.chat(script(REPLY))[0] == 200
 
 
 def test_keys(tiny_checkpoint):

@@ -1,6 +1,7 @@
 """Replies that are kept to a grammar: whatever the model would like to say, what it says is valid."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -79,11 +80,14 @@ def say(vocabulary, guide, thinking: bool, seed: int, most: int = 800, wish: str
     return parse_response(said, thinking, tokenizer)
 
 
-def check_calls(reply: dict, first: int, names=SCHEMAS):
+def check_calls(reply: dict, first: int | None, names=SCHEMAS):
+    """`first`: number of the first call; None where the model numbers them."""
     assert reply["tool_calls"] and "stray" not in reply
-    for index, call in enumerate(reply["tool_calls"], first):
+    for place, call in enumerate(reply["tool_calls"]):
         name = call["function"]["name"]
-        assert call["id"] == f"functions.{name}:{index}" and name in names and "malformed" not in call
+        number = r"\d+" if first is None else str(first + place)
+        assert re.fullmatch(rf"functions\.{re.escape(name)}:{number}", call["id"]), call["id"]
+        assert name in names and "malformed" not in call
         schema = SCHEMAS[name] or {"type": "object", "additionalProperties": False}
         jsonschema.validate(json.loads(call["function"]["arguments"]), {"type": "object", **schema})
 
@@ -125,17 +129,58 @@ def test_json(vocabulary, thinking):
     assert reply["content"] == ""
 
 
-def test_words_and_then_strict_calls(vocabulary):
+def test_words_and_then_calls(vocabulary):
     _, guides, _ = vocabulary
     words = "Let me see.\n<|tool_calls_section_begin|>"
-    reply = say(vocabulary, guides.strict_calls(FUNCTIONS, 0, False, True), False, 1, 3000, wish=words)
+    reply = say(vocabulary, guides.optional_calls(FUNCTIONS, False, True), False, 1, 3000, wish=words)
     assert reply["content"] == "Let me see.\n"
-    check_calls(reply, 0)
+    check_calls(reply, None)
     inside = "Hm.<|tool_calls_section_begin|>"  # thinking that is never closed
-    reply = say(vocabulary, guides.strict_calls(FUNCTIONS, 0, True, True), False, 2, 3000, wish=inside)
-    check_calls(reply, 0)
-    reply = say(vocabulary, guides.strict_calls(FUNCTIONS, 0, False, True), False, 3, wish="No.<|im_end|>")
+    reply = say(vocabulary, guides.optional_calls(FUNCTIONS, True, True), False, 2, 3000, wish=inside)
+    check_calls(reply, None)
+    reply = say(vocabulary, guides.optional_calls(FUNCTIONS[:1], False, False), False, 4, 3000, wish=words)
+    check_calls(reply, None, ["weather"])
+    assert len(reply["tool_calls"]) == 1
+    reply = say(vocabulary, guides.optional_calls(FUNCTIONS, False, True), False, 3, wish="No.<|im_end|>")
     assert reply["content"] == "No." and not reply["tool_calls"]
+
+
+def test_a_schema_that_cannot_be_enforced_is_left_to_the_model(vocabulary):
+    _, guides, _ = vocabulary
+    odd = {"type": "object", "properties": {"a": {"type": "strin"}}}
+    functions = [SimpleNamespace(name="odd", parameters=odd, strict=None), FUNCTIONS[0]]
+    section = "<|tool_calls_section_begin|>"
+    reply = say(vocabulary, guides.optional_calls(functions, False, True), False, 1, 3000, wish=section)
+    for call in reply["tool_calls"]:
+        assert isinstance(json.loads(call["function"]["arguments"]), dict) and "malformed" not in call
+    functions[0].strict = True
+    with pytest.raises(SchemaError, match="function odd"):
+        guides.optional_calls(functions, False, True)
+
+
+def test_a_schema_that_is_too_large_lets_the_model_go(vocabulary):
+    """Only where nothing was forced."""
+    tokenizer, guides, _ = vocabulary
+    large = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(3000)}}
+    functions = [SimpleNamespace(name="large", parameters=large, strict=None)]
+    call = "<|tool_calls_section_begin|><|tool_call_begin|>functions.large:0<|tool_call_argument_begin|>{"
+    made = (guides.optional_calls(functions, False, True), False), (guides.calls(functions, 0, False, True), True)
+    for guide, forced in made:
+        for token in tokenizer.encode(call):
+            logits = torch.zeros(len(tokenizer))
+            guide.restrict(logits)
+            guide.accept(token)
+        assert bool(guide.failed) == forced
+    assert guides.optional_calls(FUNCTIONS, True, True).copy().copy().failed is None
+
+
+def test_arguments_are_always_an_object(vocabulary):
+    _, guides, _ = vocabulary
+    schema = {"type": ["null", "object"], "properties": {"a": {"type": "boolean"}}, "additionalProperties": False}
+    function = SimpleNamespace(name="f", parameters=schema, strict=None)
+    for seed in range(3):
+        reply = say(vocabulary, guides.calls([function], 0, False, False), False, seed)
+        assert isinstance(json.loads(reply["tool_calls"][0]["function"]["arguments"]), dict)
 
 
 def test_calls_that_are_not_wanted(vocabulary):

@@ -41,7 +41,8 @@ def create_app(service: Service, api_keys: tuple[str, ...] = ()) -> FastAPI:
         for pool in (desk, studio):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="Kimi-K2.6", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    hidden = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
+    app = FastAPI(title="Kimi-K2.6", lifespan=lifespan, redirect_slashes=False, **hidden)
 
     def told(error: ApiError) -> Response:
         metrics.answers[error.status] += 1

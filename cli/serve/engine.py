@@ -44,7 +44,7 @@ class Reply(Protocol):
         """The reply is over: "stop" or "length"."""
 
     def fail(self, cause: str) -> None:
-        """The reply cannot go on: "timeout", "stopped" or "error"."""
+        """The reply cannot go on: "timeout", "stopped", "schema" (its guide failed) or "error"."""
 
 
 class Guide(Protocol):
@@ -396,7 +396,7 @@ class Engine:
             failed = sampled is None or (sequence.guide is not None and sequence.guide.failed)
             if failed:
                 logger.error("a reply cannot go on: %s", "its logits are not finite" if sampled is None else failed)
-                self._fail([sequence], "error")
+                self._fail([sequence], "error" if sampled is None else "schema")
                 self._leave(row, wipe=sampled is None)
                 continue
             sequence.said.append(sampled.token)

@@ -19,7 +19,7 @@ class Event:
     deltas: list[dict[str, Any]] = field(default_factory=list)
     logprobs: Optional[dict[str, list[dict]]] = None
     reason: Optional[str] = None  # why it ended: "stop", "length" or "tool_calls"
-    failure: Optional[str] = None  # why it could not go on: "timeout", "stopped" or "error"
+    failure: Optional[str] = None  # why it could not go on: see `engine.Reply.fail`
     gone: bool = False  # the client has left
 
 

@@ -123,10 +123,18 @@ class Function(Part):
 
     @field_validator("name")
     @classmethod
-    def check(cls, name: str) -> str:
+    def check_name(cls, name: str) -> str:
         if not FUNCTION_NAME.fullmatch(name):
             raise ValueError(f"must be 1 to 128 letters, digits, '_', '-' or '.', got {name[:140]!r}")
         return name
+
+    @field_validator("parameters")
+    @classmethod
+    def check_parameters(cls, parameters: Optional[dict]) -> Optional[dict]:
+        kind = (parameters or {}).get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise ValueError(f"must be the schema of an object, but its type is {kind!r:.80}")
+        return parameters
 
 
 class Tool(Part):

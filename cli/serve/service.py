@@ -26,8 +26,8 @@ class Limits:
     max_body: bytes. max_media: pictures and videos. max_length: tokens of prompt and reply together.
     default_tokens: of a reply whose length the request leaves open. max_choices: `n`.
     seconds: from the request to the end of its answer. body_seconds: until its body has come.
-    memory: bytes of bodies and decoded pictures and videos of all requests together. fixed_sampling: refuse values of temperature, top_p, n and the
-    penalties other than the model's own, as Moonshot's API does.
+    memory: bytes of bodies and decoded pictures and videos of all requests together.
+    fixed_sampling: refuse values of temperature, top_p, n and the penalties other than the model's own, as Moonshot's API does.
     """
 
     max_body: int = 64 * 2**20
@@ -65,7 +65,7 @@ class Prepared:
     settings: Settings
     max_tokens: int
     deadline: float
-    make_guide: Callable
+    guides: list  # one for each choice
 
 
 class Service:
@@ -92,20 +92,21 @@ class Service:
     def prepare(self, draft: Draft, deadline: float) -> Prepared:
         """A request's prompt and settings; takes as long as its pictures and videos need. Raises `ApiError`."""
         request = draft.request
-        make_guide = self._guide_maker(request, draft.messages)
+        guides = self._make_guides(request, draft.messages)
         prompt = self._prompt(draft)
         room = self.max_length - len(prompt.ids)
         wanted = request.limit or min(room, self.limits.default_tokens)
         if room < 1 or wanted > room:
-            asked = f"{len(prompt.ids)} tokens in the messages" + (f" and {request.limit} for the reply" * bool(request.limit))
+            asked = f"{len(prompt.ids)} tokens in the messages"
+            asked += f" and {request.limit} for the reply" if request.limit else ""
             message = f"the model's limit is {self.max_length} tokens, but there are {asked}; shorten one of them"
             raise ApiError(400, message, param="messages" if room < 1 else "max_tokens", code="context_length_exceeded")
-        return Prepared(request, prompt, self._settings(request), wanted, deadline, make_guide)
+        return Prepared(request, prompt, self._settings(request), wanted, deadline, guides)
 
     def begin(self, prepared: Prepared, send: Callable[[Event], None]) -> Answer:
         """Hands the request to the engine, whose events go to `send`. Raises `QueueFull` or `Stopped`."""
         request, replies, sequences = prepared.request, [], []
-        for index in range(request.n or 1):
+        for index, guide in enumerate(prepared.guides):
             one_call = request.parallel_tool_calls is False
             stops = request.stops
             reply = Reply(index, self.tokenizer, request.thinks, send, stops, one_call, bool(request.logprobs))
@@ -113,7 +114,7 @@ class Service:
             sampler = Sampler(prepared.settings, seed)
             replies.append(reply)
             sequences.append(
-                Sequence(prepared.prompt, reply, sampler, prepared.max_tokens, prepared.deadline, prepared.make_guide())
+                Sequence(prepared.prompt, reply, sampler, prepared.max_tokens, prepared.deadline, guide)
             )
         self.engine.submit(sequences)
         with_usage = request.stream_options is not None and bool(request.stream_options.include_usage)
@@ -151,8 +152,8 @@ class Service:
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
 
-    def _guide_maker(self, request: ChatRequest, messages: list[dict]) -> Callable:
-        """Makes a guide for each choice. What is wrong with a schema is said now."""
+    def _make_guides(self, request: ChatRequest, messages: list[dict]) -> list:
+        """A guide for each choice. Raises `ApiError` for a schema that cannot be enforced and must be."""
         functions = request.callable_functions
         parallel = request.parallel_tool_calls is not False and not hasattr(request.tool_choice, "function")
         called = sum(len(message.get("tool_calls") or ()) for message in messages)
@@ -165,15 +166,13 @@ class Service:
                 return self.guides.json(*form, request.thinks, functions, called)
             if not functions:
                 return self.guides.no_calls()
-            if any(function.strict for function in functions):
-                return self.guides.strict_calls(functions, called, request.thinks, parallel)
-            return None
+            return self.guides.optional_calls(functions, request.thinks, parallel)
 
         try:
-            make()
+            guide = make()
         except SchemaError as error:
             raise ApiError(400, str(error), param="response_format" if form else "tools", code="invalid_schema") from error
-        return make
+        return [guide, *(guide.copy() for _ in range((request.n or 1) - 1))]
 
     # -- prompts ------------------------------------------------------------------------------------------------------
 

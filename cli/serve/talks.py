@@ -1,4 +1,5 @@
-"""One request's way through the server: its place, its body, its events, its stream, and what happens when its client leaves."""
+"""One request's way through the server: its place, its body, its events, its stream; and what happens when its client
+leaves."""
 
 import asyncio
 import json
@@ -14,6 +15,7 @@ from .metrics import Metrics
 from .replies import Answer, Event
 
 now = time.monotonic
+LAST_WORDS = 5.0  # seconds to send what came in time
 
 
 class Room:
@@ -92,6 +94,8 @@ def failure(cause: str, seconds: float) -> ApiError:
         return ApiError(408, f"the answer took longer than {seconds:g} seconds", code="timeout")
     if cause == "stopped":
         return ApiError(503, "the server is stopping", code="stopping", retry_after=30)
+    if cause == "schema":
+        return ApiError(400, "the reply cannot be kept to its schema, which is too large", code="invalid_schema")
     return ApiError(500, "the reply failed; the server's log says why", code="internal_error")
 
 
@@ -144,6 +148,9 @@ class Talk:
         self.answer, self._inbox, self._watch, self._place = answer, inbox, watch, place
         self._metrics, self._arrived, self._seconds = metrics, arrived, seconds
         self._closed = False
+
+    def seconds_left(self) -> float:
+        return max(0.0, self._arrived + self._seconds - now())
 
     async def events(self) -> list[Event]:
         """The next events. Raises `ApiError` where a reply failed, and `ClientLeft`."""
@@ -206,23 +213,26 @@ class EventStream(Response):
         self._talk, self._first = talk, first
 
     async def __call__(self, scope, receive, send) -> None:
-        async def write(text: str, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
-
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            try:
-                async for chunks in self._talk.chunks(self._first):
-                    await write("".join(map(line, chunks)))
-                self._talk.close(200)
-            except ApiError as error:  # too late for a status: it goes into the stream
-                self._talk.close(error.status)
-                await write(line(error.body()))
-            await write("data: [DONE]\n\n", more=False)
-        except ClientLeft:
+            await asyncio.wait_for(self._write_all(send), self._talk.seconds_left() + LAST_WORDS)
+        except (ClientLeft, asyncio.TimeoutError):  # or it stays, and does not read what it is sent
             pass
         finally:
             self._talk.close()
+
+    async def _write_all(self, send) -> None:
+        async def write(text: str, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for chunks in self._talk.chunks(self._first):
+                await write("".join(map(line, chunks)))
+            self._talk.close(200)
+        except ApiError as error:  # too late for a status: it goes into the stream
+            self._talk.close(error.status)
+            await write(line(error.body()))
+        await write("data: [DONE]\n\n", more=False)
 
 
 def line(content: dict) -> str:
