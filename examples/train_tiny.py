@@ -2,10 +2,12 @@
 
 Draws its own pictures and videos and writes its own dialogues (`tiny/`), learns a vocabulary from them, trains a small
 model of this class, and writes a checkpoint in the published layout, INT4 experts included, with a table of what it can
-do. Nothing is downloaded. `--resume` continues a run that was stopped, with the same data in the same order.
+do. Nothing is downloaded. `--resume` continues a run that was stopped, with the same data in the same order. `--from`
+takes a checkpoint that such a run has written through the last part of training once more.
 """
 
 import argparse
+import json
 import socket
 from pathlib import Path
 from random import Random
@@ -17,9 +19,10 @@ import torch.multiprocessing
 from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor
 from kimi_k26.cli.tiny import write_tokenizer
 from kimi_k26.vocabulary_kimi import read_ranks
-from tiny.dialogues import random_case, render
+from tiny.case import render
 from tiny.evaluation import evaluate
 from tiny.export import expert_use, plain_model, write_checkpoint
+from tiny.mixes import draw_case
 from tiny.report import draw_curve, table_lines, write_card, write_results
 from tiny.running import state_path, work
 from tiny.vocabulary import learn_ranks
@@ -32,8 +35,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint goes")
     parser.add_argument("--minutes", type=float, default=115, help="end after so many minutes at the latest (%(default)s)")
-    parser.add_argument("--steps", type=int, default=7500, help="end after so many steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=9900, help="end after so many steps (%(default)s)")
     parser.add_argument("--seeing", type=int, default=1500, help="of them first so many of seeing alone (%(default)s)")
+    parser.add_argument("--last", type=int, default=2400, help="and so many in the last part (%(default)s)")
+    parser.add_argument("--from", type=Path, dest="start", help="a checkpoint to take through the last part alone")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from DIR-training.pt")
     parser.add_argument("--until", type=int, help="stop at this step as if interrupted, for a later --resume")
@@ -49,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only-evaluate", action="store_true", help="print the table of the checkpoint in DIR")
     options = parser.parse_args()
     options.out = options.out.resolve()
+    options.steps = options.last if options.start else options.steps
     options.until = options.until or options.steps
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -60,7 +66,7 @@ def learn_vocabulary(seed: int) -> dict[bytes, int]:
     rng = Random(f"vocabulary {seed}")
     texts = []
     for _ in range(CORPUS):
-        for text, _ in render(random_case(rng)):
+        for text, _ in render(draw_case(rng)):
             texts += [part for part in regex.split(r"<\|[^|]*\|>|</?think>", text) if part]
     return learn_ranks(texts, MERGES)
 
@@ -80,6 +86,7 @@ def finish(options: argparse.Namespace, ranks: dict[bytes, int]) -> None:
         )[0],
         "least_used_expert": expert_use(model, ranks, options.evaluation_seed),
         "run": {
+            "before": json.loads((options.start / "results.json").read_text())["run"] if options.start else None,
             "steps": state["step"],
             "rows": options.rows * options.workers,
             "minutes": state["spent"] / 60,
@@ -110,7 +117,7 @@ def main() -> None:
     if options.resume and state_path(options.out).exists():
         ranks = read_ranks(options.out / "tiktoken.model")
     else:
-        ranks = learn_vocabulary(options.seed)
+        ranks = read_ranks(options.start / "tiktoken.model") if options.start else learn_vocabulary(options.seed)
         write_tokenizer(options.out, ranks)
     torch.multiprocessing.spawn(work, (options.workers, options, ranks), nprocs=options.workers)
     if options.until == options.steps:

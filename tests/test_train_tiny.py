@@ -13,15 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor  # noqa: E402
 from kimi_k26.cli.tiny import write_tokenizer  # noqa: E402
-from tiny import batches, dialogues, drawing, evaluation, export, learning, running, vocabulary  # noqa: E402
+from tiny import batches, dialogues, drawing, evaluation, export, learning, mixes, running, vocabulary  # noqa: E402
+from tiny.case import render  # noqa: E402
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "chat_template.jinja"
+MAKERS = list(dict.fromkeys(maker for maker, _ in mixes.MIX + mixes.LAST_MIX))
 
 
 @pytest.fixture(scope="module")
 def ranks():
     rng = Random(0)
-    texts = [text for _ in range(150) for text, _ in dialogues.render(dialogues.random_case(rng))]
+    texts = [text for _ in range(150) for text, _ in render(mixes.draw_case(rng))]
     return vocabulary.learn_ranks(texts, 60)
 
 
@@ -50,13 +52,13 @@ def test_the_vocabulary_reads_numbers_digit_by_digit(ranks):
     assert len(encoding.encode("9.11")) == 4
 
 
-@pytest.mark.parametrize("make", [maker for maker, _ in dialogues.MIX], ids=lambda maker: maker.__name__)
+@pytest.mark.parametrize("make", MAKERS, ids=lambda maker: maker.__name__)
 def test_training_text_is_what_the_processor_gives(make, ranks, folder):
     """Ids, patches and grids of every prompt, and the assistant's words after it."""
     processor, encoding = KimiK26Processor.from_pretrained(folder), vocabulary.encoding(ranks)
     for seed in range(6):
         case = make(Random(seed))
-        pieces = dialogues.render(case)
+        pieces = render(case)
         assert sum(target for _, target in pieces) == len(case.targets)
         inputs = evaluation.prompt(processor, evaluation.for_processor(case), case)
         text = pieces[0][0]
@@ -76,7 +78,7 @@ def test_tool_talk_is_what_the_processor_gives_after_the_result(ranks, folder):
     processor, encoding = KimiK26Processor.from_pretrained(folder), vocabulary.encoding(ranks)
     for seed in range(6):
         case = dialogues.use_tool(Random(seed))
-        whole = "".join(text for text, _ in dialogues.render(case)[:-1])
+        whole = "".join(text for text, _ in render(case)[:-1])
         inputs = processor.apply_chat_template(
             case.messages[:-1], tools=case.tools, thinking=case.thinking, tokenize=True, return_dict=True
         )
@@ -149,7 +151,7 @@ def test_the_steps_of_a_comparison(first, second, steps, bigger):
 
 
 def test_the_judge_accepts_the_right_answer_and_no_other():
-    for make, _ in dialogues.MIX:
+    for make in MAKERS:
         for seed in range(30):
             case = make(Random(seed))
             if case.expect is None or "name" in case.expect or "off" in case.tags:
@@ -165,7 +167,7 @@ def test_a_model_that_answers_right_is_scored_so(folder, monkeypatch):
         cases = [evaluation.SKILLS[skill](Random(seed)) for seed in range(3)]
         told = []
         for case in cases:
-            words = [text for text, target in dialogues.render(case) if target]
+            words = [text for text, target in render(case) if target]
             told.append([text.removesuffix("<|im_end|>") for text in words])
         replies = [[words[turn] for words in told] for turn in range(len(told[0]))]
         monkeypatch.setattr(evaluation, "generate", lambda *_: replies.pop(0))
@@ -200,14 +202,14 @@ def test_what_a_media_token_shows():
     assert second.tolist() == [[0, 0, -100, -100], [kind, 1, left, 2]]
 
 
-def run_to(folder, ranks, until, resume):
+def run_to(folder, ranks, until, resume, start=None):
     folder.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = SimpleNamespace(
-        seed=0, port=port, out=folder, matrix_rate=0.02, other_rate=0.004, minutes=1e6, steps=4, until=until,
-        seeing=1, rows=3, parts=1, resume=resume, log_every=2, aux_loss_alpha=0.001,
+        seed=0, port=port, out=folder, matrix_rate=0.02, other_rate=0.004, minutes=1e6, steps=5, until=until,
+        seeing=1, last=2, start=start, rows=3, parts=1, resume=resume, log_every=2, aux_loss_alpha=0.001,
     )  # fmt: skip
     threads = torch.get_num_threads()
     try:
@@ -217,12 +219,29 @@ def run_to(folder, ranks, until, resume):
     return torch.load(running.state_path(folder), weights_only=False)
 
 
-def test_a_stopped_and_resumed_run_is_the_run_that_was_not_stopped(ranks, tmp_path):
-    whole = run_to(tmp_path / "whole", ranks, until=4, resume=False)
-    run_to(tmp_path / "parts", ranks, until=3, resume=False)
-    parts = run_to(tmp_path / "parts", ranks, until=4, resume=True)
-    assert parts["step"] == whole["step"] == 4 and parts["optimizer"]["int4"]
+@pytest.mark.parametrize("stopped", [2, 4])
+def test_a_stopped_and_resumed_run_is_the_run_that_was_not_stopped(stopped, ranks, tmp_path):
+    whole = run_to(tmp_path / "whole", ranks, until=5, resume=False)
+    run_to(tmp_path / "parts", ranks, until=stopped, resume=False)
+    parts = run_to(tmp_path / "parts", ranks, until=5, resume=True)
+    assert parts["step"] == whole["step"] == 5 and parts["optimizer"]["int4"]
+    assert parts["last_from"][0] == 3 and parts["optimizer"]["steps"] == 2  # of the last part's own
     for name, tensor in whole["optimizer"]["master"].items():
         assert torch.equal(tensor, parts["optimizer"]["master"][name]), name
     assert all(torch.equal(a, b) for a, b in zip(whole["biases"], parts["biases"]))
-    assert [note["step"] for note in whole["history"]] == [2, 4]
+    assert [note["step"] for note in whole["history"]] == [2, 4, 5]
+
+
+def test_the_last_part_goes_on_from_a_checkpoints_weights(model, ranks, folder, tmp_path):
+    """What training begins with is what the checkpoint holds; the first step then moves it."""
+    begun = running.build(ranks, 1, folder)
+    loaded = KimiK26ForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    assert torch.equal(begun.language_model.lm_head.weight, loaded.language_model.lm_head.weight)
+    for mine, theirs in zip(learning.moe_layers(begun), learning.moe_layers(loaded)):
+        assert torch.equal(mine.gate.e_score_correction_bias, theirs.gate.e_score_correction_bias)
+        assert torch.equal(mine.experts.up[1], theirs.experts[1].up_proj.dequantize(torch.bfloat16))
+    state = run_to(tmp_path / "on", ranks, until=1, resume=False, start=folder)
+    assert state["step"] == 1 and state["last_from"] == (0, 0.0) and state["optimizer"]["int4"]
+    name = "language_model.lm_head.weight"
+    moved = (state["optimizer"]["master"][name] - dict(begun.named_parameters())[name].float()).abs()
+    assert 0 < moved.max() < 0.01

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from random import Random
-from typing import Callable
 
 import numpy as np
 import tiktoken
 import torch
 
-from .dialogues import GRID, STEP, Case, film_clips, random_case, random_sight, render
+from .case import GRID, STEP, Case, film_clips, render
+from .dialogues import random_sight
 from .drawing import COLOURS, MOVES, SHAPES, Film, draw, draw_frame
+from .mixes import MIX, Mix, draw_case
 
 PATCH = 14
 IGNORED = -100
@@ -111,11 +112,11 @@ def make_batches(
     rank: int,
     rows: int,
     parts: int,
-    make: Callable[[Random], Case] = random_case,
+    mix: Mix = MIX,
 ) -> list[Batch]:
     """`rows` dialogues, cut by length into `parts` batches."""
     rng = Random(f"{seed}/{step}/{rank}")
-    cases = [make(rng) for _ in range(rows)]
+    cases = [draw_case(rng, mix) for _ in range(rows)]
     coded = sorted(((case, *encode(encoding, case)) for case in cases), key=lambda item: len(item[1]))
     bounds = [len(coded) * k // parts for k in range(parts + 1)]
     return [collate(coded[a:b], encoding) for a, b in zip(bounds, bounds[1:]) if b > a]

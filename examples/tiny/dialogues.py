@@ -1,19 +1,12 @@
-"""Dialogues: questions, pictures and films to ask them about, and what a good answer says.
-
-A [`Case`] is one dialogue in the messages form that the processor takes. `render` writes the same dialogue as text with
-the assistant's words marked, which is what training reads; the tests hold both ways against each other.
-"""
+"""Makers of dialogues: questions, pictures and films to ask them about, and what a good answer says."""
 
 import json
-from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Callable
-
-from kimi_k26.image_processing_kimi_k26 import choose_frames, timestamp
-from kimi_k26.tool_declaration_kimi import encode_tools_to_typescript
+from typing import Any
 
 from . import tool_talk
-from .drawing import COLOURS, SHAPES, Film, Scene, random_film, random_scene, side
+from .case import Case, film_clips
+from .drawing import COLOURS, SHAPES, Film, random_film, random_scene, side
 
 KIMI = "You are Kimi, an AI assistant created by Moonshot AI."
 SYSTEMS = (KIMI, KIMI, KIMI, "You are a helpful assistant.", "You are Kimi.", "你是 Kimi，由月之暗面创造的人工智能助手。")
@@ -22,99 +15,6 @@ CHINESE = {
     "circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "cross": "十字形",
     "left": "左", "right": "右", "up": "上", "down": "下",
 }  # fmt: skip
-GRID, STEP = 28, 4  # pixels of a side of one media token; frames of a clip
-SAMPLE_FPS = 2.0
-
-
-@dataclass
-class Case:
-    """One dialogue. `targets` are the indices of the assistant messages to learn; the last message is always one.
-
-    `expect` says what a right answer holds: see `evaluation.judge`.
-    """
-
-    skill: str
-    messages: list[dict]
-    expect: Any
-    thinking: bool = True
-    preserve: bool = False
-    tools: list[dict] | None = None
-    targets: tuple[int, ...] = ()
-    tags: tuple[str, ...] = ()
-    media: list = field(default_factory=list)
-
-    def __post_init__(self):
-        self.targets = self.targets or (len(self.messages) - 1,)
-        for message in self.messages:
-            if isinstance(message["content"], list):
-                self.media += [p[p["type"]] for p in message["content"] if p["type"] != "text"]
-
-
-def tokens_of(width: int, height: int) -> int:
-    return -(-width // GRID) * -(-height // GRID)
-
-
-def film_clips(film: Film) -> list[tuple[str, list[int]]]:
-    """The clips the processor cuts a film into: timestamp, and indices of the frames."""
-    indices = choose_frames(film.total, film.fps, SAMPLE_FPS)
-    starts = range(0, len(indices), STEP)
-    return [(timestamp(indices[s] / film.fps, "hh:mm:ss.fff"), indices[s : s + STEP]) for s in starts]
-
-
-def _content_text(content) -> str:
-    if isinstance(content, str):
-        return content
-    text = ""
-    for part in content:
-        if part["type"] == "text":
-            text += part["text"]
-        elif part["type"] == "image":
-            scene = part["image"]
-            pads = "<|media_pad|>" * tokens_of(scene.width, scene.height)
-            text += f"<|media_begin|>image<|media_content|>{pads}<|media_end|>\n"
-        else:
-            film = part["video"]
-            pads = "<|media_pad|>" * tokens_of(film.scene.width, film.scene.height)
-            for time, _ in film_clips(film):
-                text += f"{time}<|media_begin|>video<|media_content|>{pads}<|media_end|>"
-            text += "\n"
-    return text
-
-
-def render(case: Case) -> list[tuple[str, bool]]:
-    """The dialogue as the chat template and the processor write it, in pieces of (text, is the assistant's)."""
-    pieces: list[tuple[str, bool]] = []
-    text, calls = "", 0
-    if case.tools:
-        text += f"<|im_system|>tool_declare<|im_middle|>{encode_tools_to_typescript(case.tools)}<|im_end|>"
-    for index, message in enumerate(case.messages):
-        role, words = message["role"], _content_text(message["content"])
-        opening = {"user": "<|im_user|>", "assistant": "<|im_assistant|>"}.get(role, "<|im_system|>")
-        text += f"{opening}{role}<|im_middle|>"
-        if role == "tool":
-            text += f"## Return of {message['tool_call_id']}\n"
-        if role != "assistant":
-            text += f"{words}<|im_end|>"
-            continue
-        for call in message.get("tool_calls", ()):
-            function = call["function"]
-            words += (
-                f"<|tool_calls_section_begin|><|tool_call_begin|>functions.{function['name']}:{calls}"
-                f"<|tool_call_argument_begin|>{function['arguments']}<|tool_call_end|><|tool_calls_section_end|>"
-            )
-            calls += 1
-        target = index in case.targets
-        reasoning = message.get("reasoning", "") if case.thinking and (target or case.preserve) else ""
-        words += "<|im_end|>"
-        if not target:
-            text += f"<think>{reasoning}</think>{words}"
-        elif case.thinking:
-            pieces += [(text + "<think>", False), (f"{reasoning}</think>{words}", True)]
-            text = ""
-        else:
-            pieces += [(text + "<think></think>", False), (words, True)]
-            text = ""
-    return pieces
 
 
 # -- words -------------------------------------------------------------------------------------------------------
@@ -567,12 +467,19 @@ def repeat(rng: Random) -> Case:
     return Case("repeat", messages, {"words": [text]}, rng.random() < 0.3)
 
 
-def use_tool(rng: Random) -> Case:
-    talk = tool_talk.random_talk(rng)
+def _choosing_thought(talk: tool_talk.Talk) -> str:
+    """The word asked for, held against one tool after the other until one fits: `fima? get_fujo: no. get_fima: yes. …`"""
+    names = [tool["function"]["name"] for tool in talk.tools]
+    others = "".join(f"{name}: no. " for name in names[: names.index(talk.name)])
+    return f"{talk.asked}? {others}{talk.name}: yes. I use {talk.name}."
+
+
+def use_tool(rng: Random, talk: tool_talk.Talk | None = None) -> Case:
+    talk = talk or tool_talk.random_talk(rng)
     messages = _ask(rng, talk.question, [])
     call = {"type": "function", "id": f"functions.{talk.name}:0"}
     call["function"] = {"name": talk.name, "arguments": json.dumps(talk.arguments, ensure_ascii=False)}
-    messages.append({**_answer("", f"I use {talk.name}."), "tool_calls": [call]})
+    messages.append({**_answer("", _choosing_thought(talk)), "tool_calls": [call]})
     messages.append({"role": "tool", "tool_call_id": call["id"], "content": talk.result})
     messages.append(_answer(talk.reply, "I have the result."))
     at = len(messages) - 1
@@ -580,52 +487,21 @@ def use_tool(rng: Random) -> Case:
     return Case("tool", messages, expect, rng.random() < 0.6, tools=talk.tools, targets=(at - 2, at))
 
 
+def choose_tool(rng: Random) -> Case:
+    """A tool among several."""
+    return use_tool(rng, tool_talk.random_talk(rng, counts=(2, 2, 3, 3)))
+
+
+def second_question(rng: Random) -> Case:
+    """Two questions of any kind in one dialogue, of which the second is to be answered."""
+    makers = (small_talk, which_is_bigger, name_figures, count_figures, which_way, which_second)
+    first, second = (rng.choice(makers)(rng) for _ in range(2))
+    messages = first.messages + [message for message in second.messages if message["role"] != "system"]
+    return Case("turn", messages, second.expect, second.thinking)
+
+
 def ignore_tools(rng: Random) -> Case:
     """Tools are there, but the question needs none."""
     case = rng.choice((small_talk, which_is_bigger))(rng)
     case.tools = tool_talk.random_talk(rng).tools
     return case
-
-
-# Maker of a dialogue, and its share of the training data. What asks for most learning has most.
-MIX: tuple[tuple[Callable[[Random], Case], float], ...] = (
-    (name_figures, 15),
-    (count_figures, 10),
-    (which_picture, 16),
-    (which_way, 5),
-    (which_second, 8),
-    (describe_film, 2),
-    (which_is_bigger, 18),
-    (kept_thinking, 5),
-    (use_tool, 22),
-    (ignore_tools, 1),
-    (repeat, 1),
-    (small_talk, 1.5),
-)
-
-
-# The beginning of training: short dialogues, most of them about seeing and copying, which all the rest is made of.
-EASY_MIX: tuple[tuple[Callable[[Random], Case], float], ...] = (
-    (name_figures, 22),
-    (count_figures, 6),
-    (which_picture, 8),
-    (which_way, 4),
-    (which_second, 4),
-    (which_is_bigger, 14),
-    (kept_thinking, 6),
-    (repeat, 18),
-    (small_talk, 3),
-)
-
-
-def _drawn_from(mix, rng: Random) -> Case:
-    makers, shares = zip(*mix)
-    return rng.choices(makers, shares)[0](rng)
-
-
-def random_case(rng: Random) -> Case:
-    return _drawn_from(MIX, rng)
-
-
-def easy_case(rng: Random) -> Case:
-    return _drawn_from(EASY_MIX, rng)

@@ -9,13 +9,14 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .case import Case
 from .dialogues import (
     CHINESE,
-    Case,
     count_figures,
     describe_film,
     kept_thinking,
     name_figures,
+    second_question,
     use_tool,
     which_is_bigger,
     which_picture,
@@ -69,6 +70,7 @@ SKILLS = {
     **_cases(True),
     "kept thinking: names both": _only(kept_thinking, lambda c: "on" in c.tags and _like_the_card(c), None),
     "not kept: names both": _only(kept_thinking, lambda c: "off" in c.tags and _like_the_card(c), None),
+    "second question": _only(second_question, lambda c: True, True),
     **{f"{name} (instant)": maker for name, maker in _cases(False).items()},
 }
 BARS = {

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kimi_k26 import KimiK26ForConditionalGeneration
 from kimi_k26.experts_kimi_k26 import KimiK26Experts
 from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
 from kimi_k26.text_kimi_k26 import rotate_pairs
@@ -30,7 +31,7 @@ def float_attention(module, query, key, value, attention_mask, scaling, **kwargs
 class StackedExperts(nn.Module):
     """The routed experts of one layer with their weights stacked, which trains several times faster than many modules.
 
-    `weigh` copies them into the published modules; the sums are the same.
+    `weigh` copies them into the published modules, `read` takes them from there; the sums are the same.
     """
 
     def __init__(self, config):
@@ -64,6 +65,15 @@ class StackedExperts(nn.Module):
         out = out.index_select(0, places).view(tokens, top_k, -1)
         out = (out.float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
         return out if beside is None else out + beside()
+
+    @torch.no_grad()
+    def read(self, experts: KimiK26Experts) -> None:
+        """Take the weights of the model's own experts, as what their INT4 words stand for where they are packed."""
+        for at, expert in enumerate(experts):
+            for name in ("gate", "up", "down"):
+                linear = getattr(expert, f"{name}_proj")
+                weight = linear.dequantize(torch.bfloat16) if hasattr(linear, "set_weight") else linear.weight
+                getattr(self, name)[at].copy_(weight)
 
     @torch.no_grad()
     def weigh(self, experts: KimiK26Experts) -> None:
@@ -206,6 +216,18 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
         a = x @ x.transpose(-1, -2)
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return x.transpose(-1, -2) if tall else x
+
+
+@torch.no_grad()
+def take_weights(model, checkpoint: KimiK26ForConditionalGeneration) -> None:
+    """A checkpoint's weights into a model as it is trained; what only training has stays as it is."""
+    theirs = dict(checkpoint.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name in theirs:
+            parameter.copy_(theirs[name])
+    for mine, other in zip(moe_layers(model), moe_layers(checkpoint)):
+        mine.gate.e_score_correction_bias.copy_(other.gate.e_score_correction_bias)
+        mine.experts.read(other.experts)
 
 
 class Optimizer:

@@ -84,15 +84,26 @@ def write_card(results: dict, folder: Path) -> None:
         "- Videos of 56 to 224 pixels a side, most under 84, of 1 to 8 seconds, with one or two figures.",
         "- Decimals with up to 3 digits before the point and up to 6 after it.",
         "- Tools with 1 to 3 flat parameters: strings, numbers, booleans, enums.",
-        "- English and Chinese; tools and kept thinking in English only. One question at a time: beyond a tool's result and kept",
-        "  thinking it has seen no second turn, and often answers one with the first.",
+        "- English and Chinese; tools and kept thinking in English only. Dialogues of two questions at most.",
         "",
         "## How it was made",
         "",
-        f"{run['steps']} steps of {run['rows']} dialogues in {run['minutes']:.0f} minutes on {run['workers']} cores",
-        f"({run['core_minutes']:.0f} minutes of work for each; the machine was shared), seed {run['seed']}. Muon for the matrices inside the layers, Adam for the rest; float32 masters of bfloat16 weights; in the",
-        "last part the experts learn under INT4 rounding. Load is balanced by the correction bias.",
+        *_run_lines(run),
+        "",
+        "Muon for the matrices inside the layers, Adam for the rest; float32 masters of bfloat16 weights; from the middle of",
+        "the first run on the experts learn under INT4 rounding. Load is balanced by the correction bias.",
         "",
         "![loss and accuracy](curve.png)",
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _run_lines(run: dict) -> list[str]:
+    """What each run did that the checkpoint went through, the first one first."""
+    before = _run_lines(run["before"]) if run.get("before") else []
+    what = "the last part alone, from the weights of the run above (`--from`)" if before else "from nothing"
+    return [
+        *before,
+        f"- {run['steps']} steps of {run['rows']} dialogues, {what}: {run['core_minutes']:.0f} minutes of work for each of",
+        f"  {run['workers']} cores, {run['minutes']:.0f} by the clock, seed {run['seed']}.",
+    ]

@@ -1,9 +1,14 @@
-"""The training loop: one process per core, the same weights in each, gradients averaged after every step."""
+"""The training loop: one process per core, the same weights in each, gradients averaged after every step.
+
+A run has three parts: seeing alone, dialogues of all kinds, and a last part that begins anew from the weights which the
+checkpoint would have, with calmer rates and `LAST_MIX`. So a checkpoint can also be taken through the last part alone.
+"""
 
 import ctypes
 import os
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +20,6 @@ from transformers import AttentionInterface
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
 
 from .batches import make_batches, make_sights
-from .dialogues import easy_case, random_case
 from .learning import (
     Optimizer,
     StackedExperts,
@@ -27,12 +31,15 @@ from .learning import (
     moe_layers,
     sight_loss,
     start_weights,
+    take_weights,
 )
+from .mixes import EASY_MIX, LAST_MIX, MIX
 from .settings import model_config
 from .vocabulary import encoding
 
 WARMUP, DECAY_FROM, INT4_FROM = 30, 0.6, 0.5  # steps; shares of the run
-EASY_STEPS = 500  # with dialogues of `easy_case`
+EASY_STEPS = 500  # with dialogues of `EASY_MIX`
+LAST_RATE, LAST_MINUTES = 0.3, 0.3  # of the last part: learning rate over that before, share of the run's time
 SIGHTS_PER_STEP = 64  # pictures and films of a step before the dialogues begin, in each process
 SEEING = ("vision_tower", "mm_projector", "sight")  # the parts that learn then
 SIGHT_WEIGHT = 0.5  # of the loss that reads figures off media tokens, beside the words' own
@@ -40,8 +47,8 @@ BIAS_STEP = 2e-3  # by which the correction bias moves, at full learning rate
 SAVE_EVERY = 180  # seconds
 
 
-def build(ranks: dict[bytes, int], seed: int):
-    """The model in bfloat16 as it is trained: experts stacked, float32 attention."""
+def build(ranks: dict[bytes, int], seed: int, checkpoint: Path | None = None):
+    """The model in bfloat16 as it is trained: experts stacked, float32 attention. New weights, or a checkpoint's."""
     AttentionInterface.register("float_sdpa", float_attention)
     torch.manual_seed(seed)
     config = KimiK26Config(**model_config(len(ranks), quantized=False))
@@ -50,14 +57,36 @@ def build(ranks: dict[bytes, int], seed: int):
         layer.experts = StackedExperts(config.text_config)
     add_sight(model)
     start_weights(model)
+    if checkpoint is not None:
+        take_weights(model, KimiK26ForConditionalGeneration.from_pretrained(checkpoint, dtype="auto"))
     model.config.text_config._attn_implementation = "float_sdpa"
     return model.to(torch.bfloat16)
 
 
 def rate_factor(step: int, progress: float) -> float:
-    """The learning rate's course: a short rise, constant, then down in a straight line."""
+    """The learning rate's course over a part of the run: a short rise, constant, then down in a straight line."""
     fall = 1.0 if progress < DECAY_FROM else max(0.0, (1 - progress) / (1 - DECAY_FROM))
     return min(1.0, (step + 1) / WARMUP) * fall
+
+
+@dataclass
+class Clock:
+    """How far a run is, by its steps or by its time, whichever is further.
+
+    `last_from`: step and seconds at which the last part began, None before it.
+    """
+
+    steps: int  # of the whole run
+    last_steps: int  # of them in the last part
+    seconds: float  # at most, of the whole run
+    last_from: tuple[int, float] | None = None
+
+    def progress(self, step: int, spent: float) -> float:
+        """Of the part that is running, from 0 to 1."""
+        if self.last_from is None:
+            return max(step / max(1, self.steps - self.last_steps), spent / ((1 - LAST_MINUTES) * self.seconds))
+        step, spent = step - self.last_from[0], spent - self.last_from[1]
+        return max(step / max(1, self.last_steps), spent / max(1e-9, self.seconds - self.last_from[1]))
 
 
 def state_path(out: Path) -> Path:
@@ -110,30 +139,34 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ["MASTER_PORT"] = str(options.port)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    model = build(ranks, options.seed)
+    model = build(ranks, options.seed, options.start)
     optimizer = Optimizer(model, options.matrix_rate, options.other_rate, decay=0.02)
     coder, first = encoding(ranks), len(ranks)
     layers, top_k = moe_layers(model), model.config.text_config.num_experts_per_tok
+    clock = Clock(options.steps, options.last, options.minutes * 60, None if options.start is None else (0, 0.0))
     step, spent, worked, history = 0, 0.0, 0.0, []
     state_file = state_path(options.out)
     if options.resume and state_file.exists():
         state = torch.load(state_file, weights_only=False)
         optimizer.restore(state["optimizer"])
         step, spent, worked, history = (state[key] for key in ("step", "spent", "worked", "history"))
+        clock.last_from = state["last_from"]
         for layer, bias in zip(layers, state["biases"]):
             layer.gate.e_score_correction_bias.data.copy_(bias)
     sights: list[float] = []
     scores, begun, saved = Scores(), time.monotonic() - spent, time.monotonic()
     worked -= time.process_time()
     bar = tqdm(total=options.steps, initial=step, disable=rank > 0, smoothing=0.02, mininterval=5)
-    budget = options.minutes * 60
     while True:
         # Process 0 keeps the clock, for all must agree on the learning rate and on the end.
-        clock = torch.tensor([time.monotonic() - begun])
-        dist.broadcast(clock, 0)
-        spent = float(clock)
-        progress = max(step / options.steps, spent / budget)
-        stop = step >= options.until or progress >= 1
+        now = torch.tensor([time.monotonic() - begun])
+        dist.broadcast(now, 0)
+        spent = float(now)
+        if clock.last_from is None and clock.progress(step, spent) >= 1:
+            clock.last_from = (step, spent)
+            optimizer = Optimizer(model, options.matrix_rate, options.other_rate, decay=0.02)
+        progress, last = clock.progress(step, spent), clock.last_from is not None
+        stop = step >= options.until or last and progress >= 1
         if stop or (step and step % options.log_every == 0 and (not history or history[-1]["step"] != step)):
             parts = [None] * world
             dist.all_gather_object(parts, scores.take())
@@ -141,29 +174,32 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
                 note(history, step, spent, merge_scores(parts), layers, sights, bar)
             sights = []
         if rank == 0 and (stop or time.monotonic() - saved > SAVE_EVERY):
-            save_state(state_file, optimizer, layers, step, spent, worked + time.process_time(), history)
+            save_state(state_file, optimizer, layers, step, spent, worked + time.process_time(), history, clock)
             saved = time.monotonic()
         if stop:
             break
-        optimizer.int4 = progress >= INT4_FROM
-        talking = step - options.seeing  # steps since dialogues began
-        factor = rate_factor(max(talking, 0), progress) if talking >= 0 else rate_factor(step, 0)
-        make = easy_case if talking < EASY_STEPS else random_case
-        if talking < 0:
+        optimizer.int4 = last or progress >= INT4_FROM
+        seeing = not last and step < options.seeing
+        if seeing:
+            factor = rate_factor(step, 0)
             batches = [make_sights(options.seed, step, rank, SIGHTS_PER_STEP)]
         else:
-            batches = make_batches(coder, options.seed, step, rank, options.rows, options.parts, make)
+            begin = clock.last_from[0] if last else options.seeing
+            factor = (LAST_RATE if last else 1) * rate_factor(step - begin, progress)
+            mix = LAST_MIX if last else EASY_MIX if step - begin < EASY_STEPS else MIX
+            batches = make_batches(coder, options.seed, step, rank, options.rows, options.parts, mix)
+        sight_weight = 0.0 if last else SIGHT_WEIGHT  # no checkpoint has the layer that reads them off
         words = sum(int((batch.labels >= 0).sum()) for batch in batches)
         media = sum(len(batch.sights) for batch in batches)
         for batch in batches:
-            if talking < 0:
+            if seeing:
                 loss = sight_loss(model, media_features(model, batch), batch.sights)
                 loss.backward()
                 sights.append(float(loss.detach()))
                 continue
             logits, labels, rows, routers, seen = forward(model, batch, first + 21, first + 255, options.aux_loss_alpha > 0)
             losses = F.cross_entropy(logits, labels, reduction="none")
-            loss = losses.sum() / words + SIGHT_WEIGHT * len(batch.sights) / max(1, media) * seen
+            loss = losses.sum() / words + sight_weight * len(batch.sights) / max(1, media) * seen
             if routers:
                 loss = loss + options.aux_loss_alpha * balance_loss(routers, top_k) / len(batches)
             loss.backward()
@@ -171,7 +207,7 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
                 sights.append(float(seen.detach()))
             scores.add(batch.skills, rows, losses.detach(), logits.argmax(-1) == labels)
         # One message for all gradients and the experts' loads.
-        learning = {n: p for n, p in optimizer.live.items() if talking >= 0 or n.startswith(SEEING)}
+        learning = {n: p for n, p in optimizer.live.items() if not seeing or n.startswith(SEEING)}
         sent = [torch.zeros_like(optimizer.master[n]) if p.grad is None else p.grad.float() for n, p in learning.items()]
         sizes = [part.numel() for part in sent]
         flat = torch.cat([*(part.flatten() for part in sent), *(layer.experts.load for layer in layers)])
@@ -188,7 +224,7 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
         for layer, load in zip(layers, loads.view(len(layers), -1)):
             # Auxiliary-loss-free balance (DeepSeek-V3, section 2.1.2): too little work, a better chance; and back.
             layer.gate.e_score_correction_bias.data += BIAS_STEP * max(factor, 0.1) * torch.sign(load.mean() - load)
-            if talking >= 0:
+            if not seeing:
                 layer.seen = 0.98 * getattr(layer, "seen", load) + 0.02 * load
             layer.experts.load.zero_()
         step += 1
@@ -205,11 +241,11 @@ def note(history: list, step: int, spent: float, scores: dict, layers, sights: l
     bar.write(f"step {step}, {spent / 60:.1f} min, least used expert {share:.2f}, sight {seen:.2f}: {told}")
 
 
-def save_state(path: Path, optimizer, layers, step: int, spent: float, worked: float, history: list) -> None:
+def save_state(path: Path, optimizer, layers, step: int, spent: float, worked: float, history: list, clock: Clock) -> None:
     """`spent`: seconds of the clock; `worked`: seconds of one core, which a busy machine does not lengthen."""
     biases = [layer.gate.e_score_correction_bias.data.clone() for layer in layers]
     state = {"step": step, "spent": spent, "worked": worked, "history": history, "biases": biases}
-    state["optimizer"] = optimizer.state()
+    state |= {"optimizer": optimizer.state(), "last_from": clock.last_from}
     temporary = path.with_suffix(".new")
     torch.save(state, temporary)
     temporary.replace(path)

@@ -36,6 +36,7 @@ def _word(rng: Random, known: tuple[str, ...]) -> str:
 class Talk:
     tools: list[dict]
     question: str
+    asked: str  # the word of the question that says which tool is meant: its noun, or its name
     name: str
     arguments: dict
     result: str
@@ -104,7 +105,10 @@ def _written(value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _question(rng: Random, name: str, noun: str, parameters: list[tuple[str, dict]], arguments: dict) -> str:
+def _question(
+    rng: Random, name: str, noun: str, parameters: list[tuple[str, dict]], arguments: dict
+) -> tuple[str, str]:
+    """The question, and which word of it says what tool is meant."""
     given = [key for key, _ in parameters if key in arguments]
     rng.shuffle(given)
     if len(given) == 1 and not isinstance(arguments[given[0]], bool) and rng.random() < 0.5:
@@ -113,7 +117,7 @@ def _question(rng: Random, name: str, noun: str, parameters: list[tuple[str, dic
             "Find the {n} for {v}.", "Tell me the {n} of {v}.", "What's the {n} in {v}?", "{n} in {v}?",
             "Please check the {n} for {v}.", "I need the {n} of {v}.", "What is the {n} in {v} today?",
         ))  # fmt: skip
-        return form.format(n=noun, v=_written(arguments[given[0]]))
+        return form.format(n=noun, v=_written(arguments[given[0]])), noun
     join = rng.choice(("{} {}", "{} {}", "{} = {}", "{}: {}", "{} is {}", "{}={}"))
     spoken = rng.random() < 0.5
     pairs = [join.format(key.replace("_", " ") if spoken else key, _written(arguments[key])) for key in given]
@@ -123,7 +127,7 @@ def _question(rng: Random, name: str, noun: str, parameters: list[tuple[str, dic
         "Tell me the {n} for {l}.", "Call {t} with {l}.", "Use {t} with {l}.", "Please call {t}: {l}.",
         "Look up the {n} ({l}).", "Check the {n} with {l}, please.", "What is the {n}? {l}.",
     ))  # fmt: skip
-    return form.format(n=noun, l=listed, t=name)
+    return form.format(n=noun, l=listed, t=name), name if "{t}" in form else noun
 
 
 def _result(rng: Random, noun: str) -> tuple[str, str, list[str]]:
@@ -149,15 +153,16 @@ def _result(rng: Random, noun: str) -> tuple[str, str, list[str]]:
     return json.dumps(found), text[0].upper() + text[1:] + ".", [_written(one) for one in found.values()]
 
 
-def random_talk(rng: Random) -> Talk:
-    made = [_tool(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))]
+def random_talk(rng: Random, counts: tuple[int, ...] = (1, 1, 1, 2, 2, 3)) -> Talk:
+    """A talk with as many tools as one of `counts`."""
+    made = [_tool(rng) for _ in range(rng.choice(counts))]
     names, nouns = [t[0]["function"]["name"] for t in made], [t[1] for t in made]
     if len(set(names)) < len(made) or len(set(nouns)) < len(made):
-        return random_talk(rng)
+        return random_talk(rng, counts)
     tool, noun, parameters = rng.choice(made)
     function = tool["function"]
     required = function["parameters"]["required"]
     arguments = {key: _value(rng, schema) for key, schema in parameters if key in required or rng.random() < 0.4}
-    question = _question(rng, function["name"], noun, parameters, arguments)
+    question, asked = _question(rng, function["name"], noun, parameters, arguments)
     result, reply, values = _result(rng, noun)
-    return Talk([t[0] for t in made], question, function["name"], arguments, result, reply, values)
+    return Talk([t[0] for t in made], question, asked, function["name"], arguments, result, reply, values)
