@@ -251,11 +251,11 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         #pragma omp barrier
         const i64 narrow_size = a.rank + a.rope;
         if (a.q_lora)
-            linear(a.q_a, a.q_lora, a.hidden, normed, rows, Share(a.q_lora, BLOCK), [&](i64 o, i64 r, float y) {
-                query_a[r * a.q_lora + o] = narrow(a.q_a_bias ? y + wide(a.q_a_bias[o]) : y);
+            linear(a.q_a, a.hidden, normed, rows, Share(a.q_lora, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+                narrow16(query_a + r * a.q_lora + o, a.q_a_bias ? _mm512_add_ps(y, wide16(a.q_a_bias + o, there)) : y, there);
             });
-        linear(a.kv_a, narrow_size, a.hidden, normed, rows, Share(narrow_size, BLOCK), [&](i64 o, i64 r, float y) {
-            key_value[r * narrow_size + o] = narrow(a.kv_a_bias ? y + wide(a.kv_a_bias[o]) : y);
+        linear(a.kv_a, a.hidden, normed, rows, Share(narrow_size, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+            narrow16(key_value + r * narrow_size + o, a.kv_a_bias ? _mm512_add_ps(y, wide16(a.kv_a_bias + o, there)) : y, there);
         });
         #pragma omp barrier
         for (Share s(rows); s.begin < s.end; s.begin++) {
@@ -266,8 +266,8 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
             rotate(mine + a.rank, cos + r * a.rope / 2, sin + r * a.rope / 2, c.rotary + r * c.rotary_row + c.past * c.rotary_key, a.rope);
         }
         #pragma omp barrier
-        linear(a.q_b, a.heads * head, a.q_lora ? a.q_lora : a.hidden, a.q_lora ? query_a : normed, rows,
-               Share(a.heads * head, BLOCK), [&](i64 o, i64 r, float y) { query[r * a.heads * head + o] = narrow(y); });
+        linear(a.q_b, a.q_lora ? a.q_lora : a.hidden, a.q_lora ? query_a : normed, rows, Share(a.heads * head, BLOCK),
+               [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(query + r * a.heads * head + o, y, there); });
         #pragma omp barrier
         // The expansion of keys moves into the query: (rows, nope) by (nope, rank) for each head.
         for (Share s(a.heads * (a.rank / 32)); s.begin < s.end; s.begin++) {
@@ -340,23 +340,24 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
                 _mm256_storeu_si256((__m256i*)(read16 + (r * a.heads + first + i) * a.rank + column), narrow16(row[i]));
         }
         #pragma omp barrier
-        for (Share s(a.heads * a.v, 4); s.begin < s.end; s.begin += 4) {
-            const i64 h = s.begin / a.v, d = s.begin % a.v;
-            const bf16* to_value = a.kv_b + (h * (a.nope + a.v) + a.nope + d) * a.rank;
+        const i64 blocks = (a.v + BLOCK - 1) / BLOCK;  // of each head
+        for (Share s(a.heads * blocks); s.begin < s.end; s.begin++) {
+            const i64 h = s.begin / blocks, d = s.begin % blocks * BLOCK;
+            const Matrix to_value = {a.kv_b + (h * (a.nope + a.v) + a.nope) * a.rank, nullptr};
             for (i64 first = 0; first < rows; first += ROWS) {
-                const int some = rows - first < ROWS ? rows - first : ROWS;
+                const i64 some = std::min<i64>(rows - first, ROWS);
                 const bf16* from[ROWS];
-                float y[BLOCK][ROWS];
-                for (int i = 0; i < some; i++) from[i] = read16 + ((first + i) * a.heads + h) * a.rank;
-                product({to_value, nullptr}, 0, 4, from, some, a.rank, 0, y);
-                for (int i = 0; i < some; i++)
-                    for (int j = 0; j < 4; j++) value[(first + i) * a.heads * a.v + s.begin + j] = narrow(y[j][i]);
+                for (i64 i = 0; i < some; i++) from[i] = read16 + ((first + i) * a.heads + h) * a.rank;
+                products(to_value, d, std::min(d + BLOCK, a.v), from, some, a.rank, 0, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+                    narrow16(value + ((first + r) * a.heads + h) * a.v + o, y, there);
+                });
             }
         }
         #pragma omp barrier
-        linear(a.o, a.hidden, a.heads * a.v, value, rows, Share(a.hidden, BLOCK), [&](i64 o, i64 r, float y) {
+        linear(a.o, a.heads * a.v, value, rows, Share(a.hidden, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             const i64 at = r * a.hidden + o;
-            out[at] = narrow(wide(x[at]) + rounded(a.o_bias ? y + wide(a.o_bias[o]) : y));
+            y = rounded16(a.o_bias ? _mm512_add_ps(y, wide16(a.o_bias + o, there)) : y);
+            narrow16(out + at, _mm512_add_ps(wide16(x + at, there), y), there);
         });
     }
 }

@@ -23,6 +23,7 @@ from .native_kimi_k26 import (
     few_rows,
     i64,
     is_plain,
+    knows_group,
     library,
 )
 
@@ -110,7 +111,7 @@ class NativeLayer:
         if self.has_experts:
             router, group = mlp.gate, config.int4_group_size or 0
             self._own(mlp, "experts")
-            self.fits &= config.moe_intermediate_size % (group or INPUTS) == group % INPUTS == 0
+            self.fits &= config.moe_intermediate_size % (group or INPUTS) == 0 and knows_group(group)
             described.router = self._weight(mlp, "gate")
             described.bias = self._weight(mlp, "gate", "e_score_correction_bias")
             described.experts, described.top_k = config.n_routed_experts, router.top_k

@@ -14,31 +14,38 @@ struct Expert { Matrix gate, up, down; };
 
 enum { RUN = 16, PARTS = 4 };  // blocks of outputs that a thread takes in one go; pieces of the outputs for each thread
 
-// From 16 sums each: bf16(bf16(silu(gate)) * up).
-static inline void swish(const float* gate, const float* up, bf16* out, i64 count) {
-    __m512 g = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(_mm512_loadu_ps(gate))), 16));
-    __m512 u = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(_mm512_loadu_ps(up))), 16));
-    __m512 s = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1), exp16(_mm512_sub_ps(_mm512_setzero_ps(), g))));
-    s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(s)), 16));
-    _mm256_mask_storeu_epi16(out, count >= 16 ? 0xffff : (1 << count) - 1, narrow16(_mm512_mul_ps(s, u)));
+static inline __m512 swish(__m512 gate, __m512 up) {  // bf16(silu(gate)) * up
+    const __m512 g = rounded16(gate), s = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1), exp16(_mm512_sub_ps(_mm512_setzero_ps(), g))));
+    return _mm512_mul_ps(rounded16(s), rounded16(up));
 }
 
-// inner[r][from … to] = silu(gate) * up of one network, for a block of outputs.
+// Sixteen values from place `o` of a row on, put where `spread` would.
+static inline void store_spread(bf16* row, i64 o, __m256i values) {
+    const __m256i by_place = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    alignas(32) uint64_t four[4];
+    _mm256_store_si256((__m256i*)four, _mm256_permutexvar_epi16(by_place, values));
+    for (int n = 0; n < 4; n++) memcpy(spread_place(row, o + n), four + n, sizeof *four);
+}
+
+// inner[r][from … to] = silu(gate) * up of one network, for a block of outputs; where it is one of INT4 words, x and inner
+// are spread.
 static void gate_up(const Expert& e, i64 from, i64 to, const bf16* const* x, i64 rows, i64 k, i64 group, bf16* const* inner,
-                    bf16* scratch, float* gate, float* up) {  // gate, up: (rows, BLOCK)
-    products(e.gate, from, to, x, rows, k, group, scratch, [&](i64 o, i64 r, float y) { gate[r * BLOCK + o - from] = y; });
-    products(e.up, from, to, x, rows, k, group, scratch, [&](i64 o, i64 r, float y) { up[r * BLOCK + o - from] = y; });
-    for (i64 r = 0; r < rows; r++) swish(gate + r * BLOCK, up + r * BLOCK, inner[r] + from, to - from);
+                    float* gate) {  // (rows, BLOCK)
+    products(e.gate, from, to, x, rows, k, group, [&](i64, i64 r, __m512 y, __mmask16) { _mm512_storeu_ps(gate + r * BLOCK, y); });
+    products(e.up, from, to, x, rows, k, group, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        const __m512 values = swish(_mm512_loadu_ps(gate + r * BLOCK), y);
+        if (group) store_spread(inner[r], o, narrow16(values));
+        else narrow16(inner[r] + o, values, there);
+    });
 }
 
 // Each thread's own memory for the products of up to `rows` rows.
 struct Bench {
-    const bf16** x; bf16** inner; float** sum; float* factor; bf16* scratch; float *gate, *up;
-    static void layout(Bench* benches, i64 threads, i64 rows, i64 k) {
+    const bf16** x; bf16** inner; float** sum; float *factor, *gate;
+    static void layout(Bench* benches, i64 threads, i64 rows) {
         for (i64 t = 0; t < threads; t++)
             benches[t] = {arena.take<const bf16*>(rows), arena.take<bf16*>(rows), arena.take<float*>(rows),
-                          arena.take<float>(rows), arena.take<bf16>(BLOCK * k),
-                          arena.take<float>(rows * BLOCK), arena.take<float>(rows * BLOCK)};
+                          arena.take<float>(rows), arena.take<float>(rows * BLOCK)};
     }
 };
 // normed = norm(x); the router's logits, and the chosen experts of each row with their weights.
@@ -50,8 +57,8 @@ extern "C" void kimi_route(const FeedForward* given, i64 rows, const bf16* x, bf
         for (Share s(rows); s.begin < s.end; s.begin++)
             rms_norm(x + s.begin * f.hidden, f.norm, normed + s.begin * f.hidden, f.hidden, f.eps);
         #pragma omp barrier
-        linear(f.router, f.experts, f.hidden, normed, rows, Share(f.experts, BLOCK), [&](i64 o, i64 r, float y) {
-            logits[r * f.experts + o] = y;
+        linear(f.router, f.hidden, normed, rows, Share(f.experts, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+            _mm512_mask_storeu_ps(logits + r * f.experts + o, there, y);
         });
         #pragma omp barrier
         std::vector<float> score(f.experts), choice(f.experts), merit(f.groups);
@@ -116,15 +123,18 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
                              const i64* chosen, const Expert* const* table, bf16* out, i64 threads) {
     const FeedForward& f = *given;
     const i64 pairs = rows * f.top_k, width = f.expert_width;
+    // INT4 words want rows spread, with a full unit at the end.
+    const i64 outer_row = f.group_size ? spread_size(f.hidden) : 0, inner_row = f.group_size ? spread_size(width) : width;
     sort_pairs(chosen, table, pairs, teams, order);
-    bf16 *inner, *shared;
+    bf16 *outer, *inner, *shared;
     float* sums;  // (rows, hidden)
     Bench benches[MAX_THREADS];
     arena.layout([&] {
-        inner = arena.take<bf16>(pairs * width + 32);
+        outer = arena.take<bf16>(rows * outer_row);
+        inner = arena.take<bf16>(pairs * inner_row + 32);
         shared = arena.take<bf16>(rows * (f.gate ? f.width : 1) + 32);
         sums = arena.take<float>(rows * f.hidden);
-        Bench::layout(benches, threads, rows, std::max(f.hidden, std::max(width, f.width)));
+        Bench::layout(benches, threads, rows);
     });
     const Team* team = teams.data();
     const i64* pair = order.data();
@@ -133,17 +143,28 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
     #pragma omp parallel num_threads(threads)
     {
         const Bench& mine = benches[omp_get_thread_num()];
+        if (f.group_size) {
+            for (Share s(rows); s.begin < s.end; s.begin++) spread(normed + s.begin * f.hidden, f.hidden, outer + s.begin * outer_row);
+            for (Share s(width % UNIT ? pairs : 0); s.begin < s.end; s.begin++)
+                memset(inner + (s.begin + 1) * inner_row - SPREAD, 0, SPREAD * sizeof(bf16));
+            #pragma omp barrier
+        }
         #pragma omp for schedule(dynamic, RUN)
         for (i64 unit = 0; unit < count * blocks + common_blocks; unit++) {
             const bool is_common = unit >= count * blocks;
             const Team t = is_common ? Team{&common, 0, rows} : team[unit / blocks];
             const i64 size = is_common ? f.width : width, from = (is_common ? unit - count * blocks : unit % blocks) * BLOCK;
             for (i64 r = 0; r < t.rows; r++) {
-                mine.x[r] = normed + (is_common ? r : pair[t.first + r] / f.top_k) * f.hidden;
-                mine.inner[r] = is_common ? shared + r * f.width : inner + pair[t.first + r] * width;
+                const i64 row = is_common ? r : pair[t.first + r] / f.top_k;
+                mine.x[r] = is_common || !f.group_size ? normed + row * f.hidden : outer + row * outer_row;
+                mine.inner[r] = is_common ? shared + r * f.width : inner + pair[t.first + r] * inner_row;
             }
             gate_up(*t.expert, from, std::min(from + BLOCK, size), mine.x, t.rows, f.hidden, is_common ? 0 : f.group_size,
-                    mine.inner, mine.scratch, mine.gate, mine.up);
+                    mine.inner, mine.gate);
+        }
+        if (f.group_size) {
+            for (Share s(pairs); s.begin < s.end; s.begin++) complete(inner + s.begin * inner_row, width);
+            #pragma omp barrier
         }
         // Each thread has some of the outputs, of every expert in turn.
         const i64 parts = std::min((i64)omp_get_num_threads() * PARTS, (f.hidden + BLOCK - 1) / BLOCK);
@@ -156,173 +177,184 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
                 const Team& t = team[n];
                 for (i64 r = 0; r < t.rows; r++) {
                     const i64 p = pair[t.first + r];
-                    mine.x[r] = inner + p * width; mine.sum[r] = sums + p / f.top_k * f.hidden; mine.factor[r] = weights[p];
+                    mine.x[r] = inner + p * inner_row; mine.sum[r] = sums + p / f.top_k * f.hidden; mine.factor[r] = weights[p];
                 }
-                for (i64 from = begin; from < end; from += BLOCK)
-                    products(t.expert->down, from, std::min(from + BLOCK, end), mine.x, t.rows, width, f.group_size, mine.scratch,
-                             [&](i64 o, i64 r, float y) { mine.sum[r][o] += mine.factor[r] * rounded(y); });
+                products(t.expert->down, begin, end, mine.x, t.rows, width, f.group_size, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+                    float* sum = mine.sum[r] + o;
+                    y = _mm512_fmadd_ps(_mm512_set1_ps(mine.factor[r]), rounded16(y), _mm512_maskz_loadu_ps(there, sum));
+                    _mm512_mask_storeu_ps(sum, there, y);
+                });
             }
-            for (i64 r = 0; r < rows; r++)
-                for (i64 o = begin; o < end; o++) sums[r * f.hidden + o] = rounded(sums[r * f.hidden + o]);
-            if (f.gate) {
-                for (i64 r = 0; r < rows; r++) mine.x[r] = shared + r * f.width;
-                for (i64 from = begin; from < end; from += BLOCK)
-                    products(common.down, from, std::min(from + BLOCK, end), mine.x, rows, f.width, 0, mine.scratch,
-                             [&](i64 o, i64 r, float y) {
-                        float& sum = sums[r * f.hidden + o];
-                        sum = rounded(sum + rounded(y));
-                    });
-            }
-            for (i64 r = 0; r < rows; r++)
-                for (i64 o = begin; o < end; o++) {
-                    const i64 at = r * f.hidden + o;
-                    out[at] = narrow((x ? wide(x[at]) : 0) + sums[at]);
-                }
+            for (i64 r = 0; r < rows; r++) mine.x[r] = shared + r * f.width;
+            const auto finish = [&](i64 o, i64 r, __m512 y, __mmask16 there) {  // y: of the shared expert
+                const i64 at = r * f.hidden + o;
+                __m512 sum = rounded16(_mm512_maskz_loadu_ps(there, sums + at));
+                if (f.gate) sum = rounded16(_mm512_add_ps(sum, rounded16(y)));
+                narrow16(out + at, x ? _mm512_add_ps(wide16(x + at, there), sum) : sum, there);
+            };
+            if (f.gate) products(common.down, begin, end, mine.x, rows, f.width, 0, finish);
+            else for (i64 o = begin; o < end; o += BLOCK) for (i64 r = 0; r < rows; r++) finish(o, r, _mm512_setzero_ps(), first16(end - o));
         }
     }
 }
 
-// Rows multiplied at once, a tile; pairs of inputs of a tile that stay in the first cache; outputs of one piece of work.
-enum { TILE = 32, CHUNK = 192, PANEL = 64 };
+// For many rows an expert's weights are turned, a panel of outputs at a time, so that each output has a lane of a vector. Every
+// row then meets them a pair of values at a time, and any number of rows is as good. INT4 words are unpacked on the way, which
+// costs nothing beside the products of a few rows.
+enum { PANEL = 32, HEIGHT = 5, STRETCH = 32 };  // outputs of a panel; rows that registers hold; inputs whose sum is scaled
 
-// Some weights of a matrix, as they are or unpacked into `scratch`, with the distance between rows: one that is no power
-// of two where we have the choice, as the first cache would keep few rows of the others.
-struct Panel { const bf16* weights; i64 row; };
-static Panel panel(Matrix m, i64 from, i64 to, i64 k, i64 group, bf16* scratch) {
-    if (!m.scales) return {(const bf16*)m.values + from * k, k};
-    const i64 row = k + LANES * 2;
-    for (i64 o = from; o < to; o++)
-        dequantize((const uint8_t*)m.values + o * k / 2, m.scales + o * (k / group), k, group, scratch + (o - from) * row);
-    return {scratch, row};
+// One row as panels want it, in words: pairs of inputs, and of each stretch what is too much (see `unpacked`). A pair has the
+// inputs that a shift of INT4 words brings together: of eight the first and the fifth, and so on; of bfloat16 neighbours.
+static inline i64 paired_size(i64 k) { return k / 2 + k / STRETCH; }
+static inline __m512i as_pairs(__m512i x, bool packed) {  // 32 inputs
+    const __m512i four = _mm512_setr_epi64(0x0005000100040000, 0x0007000300060002, 0x000d0009000c0008, 0x000f000b000e000a,
+                                           0x0015001100140010, 0x0017001300160012, 0x001d0019001c0018, 0x001f001b001e001a);
+    return packed ? _mm512_permutexvar_epi16(four, x) : x;
+}
+static inline void put_pairs(uint32_t* row, i64 k, i64 at, __m512i x, bool packed) {
+    _mm512_storeu_si512(row + at / 2, as_pairs(x, packed));
+    const __m512bh less = (__m512bh)_mm512_set1_epi16((short)narrow(-136));
+    if (packed) ((float*)row)[k / 2 + at / STRETCH] = _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), less, (__m512bh)x));
 }
 
-// Let the words of some outputs come nearer while others are being multiplied.
-static void ask_for(Matrix m, i64 from, i64 to, i64 k) {
-    if (!m.scales) return;
-    const char* begin = (const char*)m.values + from * k / 2;
-    for (const char* at = begin; at < begin + (to - from) * k / 2; at += 64) _mm_prefetch(at, _MM_HINT_T1);
-}
-
-// y[o][lane] = w[o] . x for a panel and a tile of packed rows: (outputs, G * LANES).
-template <int G> static void multiply(const uint32_t* x, Panel w, i64 outputs, i64 k, float* y) {
-    constexpr int N = G == 1 ? 16 : 8;
-    for (i64 begin = 0; begin < k / 2; begin += CHUNK) {
-        const i64 pairs = std::min<i64>(CHUNK, k / 2 - begin);
-        auto some = [&](i64 o, auto& sum) {
-            constexpr int count = sizeof(sum) / sizeof(sum[0]);
-            for (int n = 0; n < count; n++)
-                for (int g = 0; g < G; g++) sum[n][g] = begin ? _mm512_loadu_ps(y + ((o + n) * G + g) * LANES) : _mm512_setzero_ps();
-            lanes<G, count>(x + begin * G * LANES, (const uint32_t*)(w.weights + o * w.row) + begin, w.row / 2, 1, pairs, sum);
-            for (int n = 0; n < count; n++)
-                for (int g = 0; g < G; g++) _mm512_storeu_ps(y + ((o + n) * G + g) * LANES, sum[n][g]);
-        };
-        i64 o = 0;
-        for (; o + N <= outputs; o += N) { __m512 sum[N][G]; some(o, sum); }
-        for (; o < outputs; o++) { __m512 sum[1][G]; some(o, sum); }
+struct Panel { uint32_t* words; float* scales; };  // (words of a row, PANEL), (groups of a row, PANEL)
+static void fill(Panel to, Matrix m, i64 from, i64 k, i64 group) {
+    const i64 words = m.scales ? k / 8 : k / 2, groups = m.scales ? k / group : 0;
+    for (i64 half = 0; half < PANEL; half += LANES) {
+        const uint32_t* rows = (const uint32_t*)m.values + (from + half) * words;
+        __m512i turned[LANES];
+        for (i64 t = 0; t < words; t += LANES) {
+            const i64 some = std::min<i64>(LANES, words - t);
+            for (int o = 0; o < LANES; o++) turned[o] = _mm512_maskz_loadu_epi32(first16(some), rows + o * words + t);
+            transpose16(turned);
+            for (i64 i = 0; i < some; i++) _mm512_storeu_si512(to.words + (t + i) * PANEL + half, turned[i]);
+        }
+        for (i64 g = 0; g < groups; g += LANES) {
+            const i64 some = std::min<i64>(LANES, groups - g);
+            for (int o = 0; o < LANES; o++)
+                turned[o] = _mm512_castps_si512(wide16(m.scales + (from + half + o) * groups + g, first16(some)));
+            transpose16(turned);
+            for (i64 i = 0; i < some; i++) _mm512_storeu_si512(to.scales + (g + i) * PANEL + half, turned[i]);
+        }
     }
 }
 
-static inline __m512 rounded16(__m512 x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(x)), 16));
-}
-static inline __m512 swish(const float* gate, const float* up) {  // bf16(silu(gate)) * up
-    const __m512 g = rounded16(_mm512_loadu_ps(gate)), s = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1), exp16(_mm512_sub_ps(_mm512_setzero_ps(), g))));
-    return _mm512_mul_ps(rounded16(s), rounded16(_mm512_loadu_ps(up)));
-}
-
-// The weighted sum of each row's experts, for many rows: an expert's weights are unpacked once, a panel of outputs at a
-// time, and meet its rows, one to a lane. All threads work on one expert, each on outputs of its own.
-struct Many {
-    const FeedForward& f;
-    const float* weights;
-    const i64* pair;          // of the expert at hand: (row, choice) of each of its rows
-    uint32_t *packed, *inner;  // (tiles, pairs of inputs, lanes)
-    float* sums;              // (rows, hidden)
-
-    template <int G> void gate_up(i64 tile, Panel gate, Panel up, i64 o, i64 outputs, float* y) const {
-        const uint32_t* x = packed + tile * TILE * (f.hidden / 2);
-        float* z = y + PANEL * TILE;
-        multiply<G>(x, gate, outputs, f.hidden, y);
-        multiply<G>(x, up, outputs, f.hidden, z);
-        uint32_t* to = inner + tile * TILE * (f.expert_width / 2) + o / 2 * G * LANES;
-        for (i64 at = 0; at < outputs * G; at += 2 * G)
-            for (int g = 0; g < G; g++) {
-                const i64 one = (at + g) * LANES, two = one + G * LANES;
-                _mm512_storeu_si512(to + (at / 2 + g) * LANES, paired(swish(y + one, z + one), swish(y + two, z + two)));
-            }
-    }
-    template <int G> void down(i64 tile, i64 rows, Panel w, i64 o, i64 outputs, float* y) const {
-        multiply<G>(inner + tile * TILE * (f.expert_width / 2), w, outputs, f.expert_width, y);
-        for (i64 first = 0; first < rows; first += LANES)
-            for (i64 at = 0; at < outputs; at += LANES) {
-                __m512 column[LANES], row[LANES];
-                for (int c = 0; c < LANES; c++) column[c] = _mm512_loadu_ps(y + (at + c) * G * LANES + first);
-                rows_of(column, 1, row);
-                for (i64 i = 0; i < std::min<i64>(LANES, rows - first); i++) {
-                    const i64 p = pair[tile * TILE + first + i];
-                    float* to = sums + p / f.top_k * f.hidden + o + at;
-                    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(weights[p]), rounded16(row[i]), _mm512_loadu_ps(to)));
+// y[r] = the panel's outputs for R rows of pairs, `row` words apart: (R, PANEL).
+template <int R, bool PACKED> static void meet(Panel w, i64 group, const uint32_t* x, i64 row, i64 k, float* y) {
+    constexpr int WORDS = PACKED ? STRETCH / 8 : STRETCH / 2, PAIRS = PACKED ? 4 : 1;  // of a stretch, of a word
+    __m512 sum[R][2];
+    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    const uint32_t* words = w.words;
+    for (i64 s = 0, p = 0; s < k / STRETCH; s++) {
+        __m512 part[R][2];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < 2; v++) part[r][v] = PACKED ? _mm512_set1_ps(((const float*)x)[r * row + k / 2 + s]) : sum[r][v];
+        for (int t = 0; t < WORDS; t++, words += PANEL)
+            for (int n = 0; n < PAIRS; n++, p++) {
+                __m512i one = _mm512_loadu_si512(words), two = _mm512_loadu_si512(words + LANES);
+                if (PACKED) { one = (__m512i)unpacked(one, n); two = (__m512i)unpacked(two, n); }
+                asm("" : "+v"(one), "+v"(two));  // or the compiler keeps them in memory
+                for (int r = 0; r < R; r++) {
+                    const __m512bh given = (__m512bh)_mm512_set1_epi32(x[r * row + p]);
+                    part[r][0] = _mm512_dpbf16_ps(part[r][0], (__m512bh)one, given);
+                    part[r][1] = _mm512_dpbf16_ps(part[r][1], (__m512bh)two, given);
                 }
             }
+        const float* scales = PACKED ? w.scales + s * STRETCH / group * PANEL : nullptr;
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < 2; v++)
+                sum[r][v] = PACKED ? _mm512_fmadd_ps(part[r][v], _mm512_loadu_ps(scales + v * LANES), sum[r][v]) : part[r][v];
     }
-};
+    for (int r = 0; r < R; r++) for (int v = 0; v < 2; v++) _mm512_storeu_ps(y + r * PANEL + v * LANES, sum[r][v]);
+}
+
+// y[r] = outputs `from` on of a matrix, a panel of them, for all rows.
+static void meet(Panel w, Matrix m, i64 from, i64 group, const uint32_t* x, i64 rows, i64 row, i64 k, float* y) {
+    fill(w, m, from, k, group);
+    const i64 pieces = (rows + HEIGHT - 1) / HEIGHT;  // of about as many rows each
+    for (i64 piece = 0; piece < pieces; piece++) {
+        const i64 first = rows * piece / pieces;
+        const auto some = [&](auto count) {
+            if (m.scales) meet<count, true>(w, group, x + first * row, row, k, y + first * PANEL);
+            else meet<count, false>(w, group, x + first * row, row, k, y + first * PANEL);
+        };
+        switch (rows * (piece + 1) / pieces - first) {
+            case 1: some(std::integral_constant<int, 1>()); break;
+            case 2: some(std::integral_constant<int, 2>()); break;
+            case 3: some(std::integral_constant<int, 3>()); break;
+            case 4: some(std::integral_constant<int, 4>()); break;
+            default: some(std::integral_constant<int, HEIGHT>());
+        }
+    }
+}
+
+// Let the weights of some outputs come nearer while others are being multiplied.
+static void ask_for(Matrix m, i64 from, i64 k) {
+    const i64 row = m.scales ? k / 2 : k * 2;  // bytes
+    const char* begin = (const char*)m.values + from * row;
+    for (const char* at = begin; at < begin + PANEL * row; at += 64) _mm_prefetch(at, _MM_HINT_T1);
+}
+
+// The weighted sum of each row's experts, for many rows. All threads work on one expert, each on outputs of its own.
 extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16* x, const float* weights, const i64* chosen,
                                   const Expert* const* table, bf16* out, i64 threads) {
     const FeedForward& f = *given;
-    const i64 width = f.expert_width, hidden = f.hidden, group = f.group_size, widest = std::max(hidden, width) + LANES * 2;
+    const i64 width = f.expert_width, hidden = f.hidden, group = f.group_size, widest = std::max(hidden, width);
+    const i64 outer_row = paired_size(hidden), inner_row = paired_size(width);
     sort_pairs(chosen, table, rows * f.top_k, teams, order);
     i64 most = 0;
-    for (const Team& t : teams) most = std::max(most, (t.rows + TILE - 1) / TILE);
-    Many all = {f, weights};
-    struct Mine { bf16* scratch; float* y; } benches[MAX_THREADS];
+    for (const Team& t : teams) most = std::max(most, t.rows);
+    uint32_t *outer, *inner;  // of one expert: (rows, words)
+    float* sums;              // (rows, hidden)
+    struct Mine { Panel panel; float *y, *z; } benches[MAX_THREADS];
     arena.layout([&] {
-        all.packed = arena.take<uint32_t>(most * TILE * hidden / 2);
-        all.inner = arena.take<uint32_t>(most * TILE * width / 2);
-        all.sums = arena.take<float>(rows * hidden);
-        for (i64 t = 0; t < threads; t++) benches[t] = {arena.take<bf16>(2 * PANEL * widest), arena.take<float>(2 * PANEL * TILE)};
+        outer = arena.take<uint32_t>(most * outer_row);
+        inner = arena.take<uint32_t>(most * inner_row);
+        sums = arena.take<float>(rows * hidden);
+        for (i64 t = 0; t < threads; t++)
+            benches[t] = {{arena.take<uint32_t>(widest / (group ? 8 : 2) * PANEL), arena.take<float>(widest / STRETCH * PANEL)},
+                          arena.take<float>(most * PANEL), arena.take<float>(most * PANEL)};
     });
-    const i64* pair = order.data();
+    const i64* order_of_pairs = order.data();
     const Team* team = teams.data();  // of this thread, which all read
     const i64 count = teams.size();
     #pragma omp parallel num_threads(threads)
     {
         const Mine mine = benches[omp_get_thread_num()];
-        Many work = all;
-        for (Share s(rows); s.begin < s.end; s.begin++) memset(work.sums + s.begin * hidden, 0, hidden * sizeof(float));
+        for (Share s(rows); s.begin < s.end; s.begin++) memset(sums + s.begin * hidden, 0, hidden * sizeof(float));
         for (i64 e = 0; e < count; e++) {
             const Team& t = team[e];
-            const i64 tiles = (t.rows + TILE - 1) / TILE;
-            work.pair = pair + t.first;
-            // Half a tile is enough for the last few rows.
-            auto left = [&](i64 tile) { return std::min<i64>(TILE, t.rows - tile * TILE); };
-            for (Share s((t.rows + LANES - 1) / LANES); s.begin < s.end; s.begin++) {
-                const i64 first = s.begin * LANES, tile = first / TILE;
-                const bf16* from[LANES];
-                for (i64 i = 0; i < LANES && first + i < t.rows; i++) from[i] = x + work.pair[first + i] / f.top_k * hidden;
-                pack(from, t.rows - first, hidden / 2, work.packed + tile * TILE * (hidden / 2) + first % TILE,
-                     left(tile) > LANES ? TILE : LANES);
-            }
+            const i64* pair = order_of_pairs + t.first;  // (row, choice) of each of its rows
+            for (Share s(t.rows); s.begin < s.end; s.begin++)
+                for (i64 i = 0; i < hidden; i += 32)
+                    put_pairs(outer + s.begin * outer_row, hidden, i, _mm512_loadu_si512(x + pair[s.begin] / f.top_k * hidden + i), group);
             #pragma omp barrier
             #pragma omp for schedule(dynamic, 1)
             for (i64 o = 0; o < width; o += PANEL) {
-                const i64 some = std::min<i64>(PANEL, width - o);
-                const Panel gate = panel(t.expert->gate, o, o + some, hidden, group, mine.scratch);
-                const Panel up = panel(t.expert->up, o, o + some, hidden, group, mine.scratch + PANEL * widest);
-                if (e + 1 < count) { ask_for(team[e + 1].expert->gate, o, o + some, hidden); ask_for(team[e + 1].expert->up, o, o + some, hidden); }
-                for (i64 n = 0; n < tiles; n++)
-                    left(n) > LANES ? work.gate_up<2>(n, gate, up, o, some, mine.y) : work.gate_up<1>(n, gate, up, o, some, mine.y);
+                if (e + 1 < count) { ask_for(team[e + 1].expert->gate, o, hidden); ask_for(team[e + 1].expert->up, o, hidden); }
+                meet(mine.panel, t.expert->gate, o, group, outer, t.rows, outer_row, hidden, mine.y);
+                meet(mine.panel, t.expert->up, o, group, outer, t.rows, outer_row, hidden, mine.z);
+                for (i64 r = 0; r < t.rows; r++) {
+                    __m512 values[2];
+                    for (int v = 0; v < 2; v++)
+                        values[v] = swish(_mm512_loadu_ps(mine.y + r * PANEL + v * LANES), _mm512_loadu_ps(mine.z + r * PANEL + v * LANES));
+                    put_pairs(inner + r * inner_row, width, o, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]), group);
+                }
             }
             #pragma omp for schedule(dynamic, 1)
             for (i64 o = 0; o < hidden; o += PANEL) {
-                const i64 some = std::min<i64>(PANEL, hidden - o);
-                const Panel down = panel(t.expert->down, o, o + some, width, group, mine.scratch);
-                if (e + 1 < count) ask_for(team[e + 1].expert->down, o, o + some, width);
-                for (i64 n = 0; n < tiles; n++)
-                    left(n) > LANES ? work.down<2>(n, left(n), down, o, some, mine.y) : work.down<1>(n, left(n), down, o, some, mine.y);
+                if (e + 1 < count) ask_for(team[e + 1].expert->down, o, width);
+                meet(mine.panel, t.expert->down, o, group, inner, t.rows, inner_row, width, mine.y);
+                for (i64 r = 0; r < t.rows; r++)
+                    for (int v = 0; v < 2; v++) {
+                        float* to = sums + pair[r] / f.top_k * hidden + o + v * LANES;
+                        const __m512 y = rounded16(_mm512_loadu_ps(mine.y + r * PANEL + v * LANES));
+                        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(weights[pair[r]]), y, _mm512_loadu_ps(to)));
+                    }
             }
         }
         for (Share s(rows * hidden, LANES); s.begin < s.end; s.begin += LANES)
-            _mm256_storeu_si256((__m256i*)(out + s.begin), narrow16(_mm512_loadu_ps(work.sums + s.begin)));
+            _mm256_storeu_si256((__m256i*)(out + s.begin), narrow16(_mm512_loadu_ps(sums + s.begin)));
     }
 }
 
@@ -334,7 +366,7 @@ extern "C" void kimi_dense(const FeedForward* given, i64 rows, const bf16* x, bf
     arena.layout([&] {
         normed = arena.take<bf16>(rows * f.hidden);
         inner = arena.take<bf16>(rows * f.width + 32);
-        Bench::layout(benches, threads, rows, f.hidden);
+        Bench::layout(benches, threads, rows);
     });
     const Expert network = {{f.gate, nullptr}, {f.up, nullptr}, {f.down, nullptr}};
     #pragma omp parallel num_threads(threads)
@@ -345,12 +377,12 @@ extern "C" void kimi_dense(const FeedForward* given, i64 rows, const bf16* x, bf
         #pragma omp barrier
         for (i64 r = 0; r < rows; r++) { mine.x[r] = normed + r * f.hidden; mine.inner[r] = inner + r * f.width; }
         for (Share s(f.width, BLOCK); s.begin < s.end; s.begin += BLOCK)
-            gate_up(network, s.begin, std::min(s.begin + BLOCK, s.end), mine.x, rows, f.hidden, 0, mine.inner, mine.scratch,
-                    mine.gate, mine.up);
+            gate_up(network, s.begin, std::min(s.begin + BLOCK, s.end), mine.x, rows, f.hidden, 0, mine.inner,
+                    mine.gate);
         #pragma omp barrier
-        linear(f.down, f.hidden, f.width, inner, rows, Share(f.hidden, BLOCK), [&](i64 o, i64 r, float y) {
+        linear(f.down, f.width, inner, rows, Share(f.hidden, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             const i64 at = r * f.hidden + o;
-            out[at] = narrow(wide(x[at]) + rounded(y));
+            narrow16(out + at, _mm512_add_ps(wide16(x + at, there), rounded16(y)), there);
         });
     }
 }
@@ -404,7 +436,9 @@ extern "C" i64 kimi_decode(const Layer* layers, i64 count, i64 from, i64 routed,
 extern "C" void kimi_linear(const bf16* w, i64 outputs, i64 inputs, i64 rows, const bf16* x, bf16* out,
                             i64 threads) {
     #pragma omp parallel num_threads(threads)
-    linear(w, outputs, inputs, x, rows, Share(outputs, BLOCK), [&](i64 o, i64 r, float y) { out[r * outputs + o] = narrow(y); });
+    linear(w, inputs, x, rows, Share(outputs, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        narrow16(out + r * outputs + o, y, there);
+    });
 }
 
 // INT4 words → the bfloat16 weights they stand for.

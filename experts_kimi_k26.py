@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .checkpoint_kimi_k26 import read_ahead, release
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .native_kimi_k26 import INPUTS, FeedForward, NativeAddresses, is_plain, library, weighted_experts
+from .native_kimi_k26 import INPUTS, FeedForward, NativeAddresses, is_plain, knows_group, library, weighted_experts
 from .parallel_kimi_k26 import Peers
 from .quantization_kimi_k26 import CpuInt4, KeepDtype, KimiK26Int4Linear, int4_linear
 from .triton_kimi_k26 import ExpertTable, grouped_experts, has_kernels, table_for
@@ -406,7 +406,7 @@ class KimiK26Experts(nn.ModuleList):
         super().__init__(KimiK26MLP(*sizes) for _ in range(config.n_routed_experts))
         hidden, width, group = sizes
         self.has_cpu_layout = group is not None and CpuInt4.fits(2 * width, group) and CpuInt4.fits(hidden, group)
-        self.has_native_widths = hidden % INPUTS == width % INPUTS == (group or INPUTS) % INPUTS == 0
+        self.has_native_widths = hidden % INPUTS == width % INPUTS == 0 and knows_group(group or 0)
         self.has_native_widths &= width % (group or INPUTS) == hidden % (group or INPUTS) == 0
         top_k = config.num_experts_per_tok
         self.sizes = {"hidden": hidden, "top_k": top_k, "expert_width": width, "group_size": group or 0}

@@ -1,4 +1,4 @@
-"""The source of the CPU's own kernels, in C++ for processors with AVX-512 and its bfloat16 products: what all have in common.
+"""The source of the CPU's own kernels, in C++ for processors with AVX-512 and bfloat16 products: what all have in common.
 
 Numbers, vectors, memory; products of few rows, which read each weight once and as it lies; products of many rows, which
 have a row in each lane of a vector. `native_kimi_k26` compiles the three parts as one and knows their functions.
@@ -19,16 +19,18 @@ typedef uint16_t bf16;  // the upper half of a float
 // ---------------------------------------------------------------------------------------- numbers and vectors
 
 static inline float wide(bf16 x) { uint32_t b = (uint32_t)x << 16; float f; memcpy(&f, &b, 4); return f; }
-static inline __m512 wide16(const bf16* x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
-}
 static inline bf16 narrow(float x) {  // to nearest, ties to even, as PyTorch rounds
     uint32_t b; memcpy(&b, &x, 4);
     if ((b & 0x7fffffff) > 0x7f800000) return 0x7fc0;
     return (bf16)((b + 0x7fff + ((b >> 16) & 1)) >> 16);
 }
 static inline float rounded(float x) { return wide(narrow(x)); }
+static inline __m512 wide16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+static inline __m512 wide16(const bf16* x, __mmask16 there) { return wide16(_mm256_maskz_loadu_epi16(there, x)); }
 static inline __m256i narrow16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+static inline void narrow16(bf16* to, __m512 x, __mmask16 there) { _mm256_mask_storeu_epi16(to, there, narrow16(x)); }
+static inline __m512 rounded16(__m512 x) { return wide16(narrow16(x)); }
+static inline __mmask16 first16(i64 count) { return count >= 16 ? 0xffff : (1 << count) - 1; }
 static inline __m512bh load32(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
 static inline __m512bh load32(const bf16* x, i64 left) {
     return (__m512bh)_mm512_maskz_loadu_epi16(left >= 32 ? ~0u : (1u << left) - 1, x);
@@ -79,7 +81,7 @@ enum { MAX_THREADS = 1024 };
 
 // ---------------------------------------------------------------------------------------- products
 
-enum { ROWS = 8 };  // of x, multiplied at once
+enum { ROWS = 8, BLOCK = 16 };  // of x, multiplied at once; outputs that are computed together
 
 // The sums of up to sixteen vectors, in order: they are added while they are transposed.
 template <int N> static inline __m512 sums_of(const __m512* v) {
@@ -100,33 +102,38 @@ template <int N> static inline __m512 sums_of(const __m512* v) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
 }
 
-template <int O, int R> static inline void settle(const __m512 (&sum)[O][R], float (*y)[ROWS]) {
+// y[r][o] of neighbouring outputs.
+template <int O, int R> static inline void settle(const __m512 (&sum)[R][O], float (*y)[BLOCK]) {
     static_assert(O * R <= 16, "one vector of sums");
     float all[16];
-    _mm512_storeu_ps(all, sums_of<O * R>(&sum[0][0]));
-    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) y[o][r] = all[o * R + r];
+    _mm512_storeu_ps(all, sums_of<R * O>(&sum[0][0]));
+    for (int r = 0; r < R; r++) memcpy(y[r], all + r * O, O * sizeof(float));
 }
 
-// sum[o][r] += w[o] . x[r] for `O` neighbouring rows of w, lane by lane.
-template <int O, int R> static inline void accumulate(const bf16* w, i64 stride, const bf16* const* x, i64 k, __m512 (&sum)[O][R]) {
+enum { AHEAD = 6144 };  // bytes: weights are asked for so long before they are needed, as memory is slow to answer
+
+// sum[r][o] += w[o] . x[r] for `O` neighbouring rows of w, lane by lane.
+template <int O, int R> static inline void accumulate(const bf16* w, i64 stride, const bf16* const* x, i64 k, __m512 (&sum)[R][O]) {
     i64 i = 0;
     for (; i + 32 <= k; i += 32) {
         __m512bh given[R];
         for (int r = 0; r < R; r++) given[r] = load32(x[r] + i);
         for (int o = 0; o < O; o++) {
-            __m512bh weight = load32(w + o * stride + i);
-            for (int r = 0; r < R; r++) sum[o][r] = _mm512_dpbf16_ps(sum[o][r], weight, given[r]);
+            const bf16* at = w + o * stride + i;
+            _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
+            __m512bh weight = load32(at);
+            for (int r = 0; r < R; r++) sum[r][o] = _mm512_dpbf16_ps(sum[r][o], weight, given[r]);
         }
     }
     if (i < k)
         for (int o = 0; o < O; o++)
             for (int r = 0; r < R; r++)
-                sum[o][r] = _mm512_dpbf16_ps(sum[o][r], load32(w + o * stride + i, k - i), load32(x[r] + i, k - i));
+                sum[r][o] = _mm512_dpbf16_ps(sum[r][o], load32(w + o * stride + i, k - i), load32(x[r] + i, k - i));
 }
 
-template <int O, int R> static inline void dots(const bf16* w, i64 stride, const bf16* const* x, i64 k, float (*y)[ROWS]) {
-    __m512 sum[O][R];
-    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) sum[o][r] = _mm512_setzero_ps();
+template <int O, int R> static inline void dots(const bf16* w, i64 stride, const bf16* const* x, i64 k, float (*y)[BLOCK]) {
+    __m512 sum[R][O];
+    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) sum[r][o] = _mm512_setzero_ps();
     accumulate<O, R>(w, stride, x, k, sum);
     settle<O, R>(sum, y);
 }
@@ -137,80 +144,144 @@ struct Matrix {
     const bf16* scales;  // null: `values` are bfloat16
 };
 
-enum { AHEAD = 6144 };  // bytes: words are asked for so long before they are needed, as memory is slower than the unpacking
+// INT4 values are unpacked a line of memory at a time. Set into the lower bits of the bfloat16 number 128 a value v, stored
+// as v + 8, becomes 136 + v; what that is too much is taken off each sum. x comes `spread` for it: of each unit the
+// values at places 4 * i, then those at 4 * i + 1, 4 * i + 2, 4 * i + 3, then sixteen sums to begin with, in float. A last
+// unit that is not full has zeros.
+enum { UNIT = 128, SPREAD = UNIT + 32 };
+static inline __m512bh unpacked(__m512i words, int n) {  // values at places 4 * i + n
+    const __m512i some = n ? _mm512_srli_epi16(words, 4 * n) : words;
+    return (__m512bh)_mm512_ternarylogic_epi32(some, _mm512_set1_epi16(0x000f), _mm512_set1_epi16(0x4300), 0xea);  // (a & b) | c
+}
+static inline __m512 too_much(const bf16* unit) {  // four times 32 values, however they stand
+    const __m512bh less = (__m512bh)_mm512_set1_epi16((short)narrow(-136));
+    __m512 sum = _mm512_setzero_ps();
+    for (int n = 0; n < 4; n++) sum = _mm512_dpbf16_ps(sum, less, load32(unit + n * 32));
+    return sum;
+}
+
+static inline i64 spread_size(i64 k) { return (k + UNIT - 1) / UNIT * SPREAD; }
+static inline bf16* spread_place(bf16* row, i64 k) { return row + k / UNIT * SPREAD + k % 4 * (UNIT / 4) + k % UNIT / 4; }
+static void complete(bf16* row, i64 k) {  // once the values are there
+    for (i64 unit = 0; unit < k; unit += UNIT, row += SPREAD) _mm512_storeu_ps(row + UNIT, too_much(row));
+}
+static void spread(const bf16* x, i64 k, bf16* to) {
+    if (k % UNIT) memset(to + k / UNIT * SPREAD, 0, SPREAD * sizeof(bf16));
+    for (i64 i = 0; i < k; i++) *spread_place(to, i) = x[i];
+    complete(to, k);
+}
+
+// The scales of one unit's groups, of which there are `there`, for the lanes of its sums.
+static inline __m512 lane_scales(const bf16* scales, __mmask8 there, __m512i group_of) {
+    const __m512i some = _mm512_castsi128_si512(_mm_maskz_loadu_epi16(there, scales));
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, group_of, some));  // the upper half of a float
+}
+
+// The same for INT4 words and spread x: integers are multiplied exactly, and each group's sum is scaled. A group has 32, 64,
+// 128, … inputs.
+template <int O, int R>
+static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {
+    const i64 groups = k / group;
+    const int fold = __builtin_ctzll(group / 32);  // 2^fold times 32 inputs have one scale
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i group_of = _mm512_slli_epi32(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(2 + std::min(fold, 2))), 16);
+    __m512 sum[R][O];
+    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) sum[r][o] = _mm512_setzero_ps();
+    for (int o = 0; o < O; o++) _mm_prefetch((const char*)(scales + o * groups) + AHEAD / 8, _MM_HINT_T0);
+    for (i64 i = 0; i < k; i += UNIT) {
+        const bool whole = k - i >= UNIT;
+        const __mmask32 there = whole ? ~0u : (1u << (k - i) / 4) - 1;
+        const __mmask8 scales_there = (1 << std::max<i64>(whole ? 4 >> fold : (k - i) / group, 1)) - 1;
+        __m512i words[O];
+        __m512 part[O][R];
+        for (int o = 0; o < O; o++) {
+            const uint8_t* at = w + (o * k + i) / 2;
+            _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+            words[o] = _mm512_maskz_loadu_epi16(there, at);
+            for (int r = 0; r < R; r++) part[o][r] = _mm512_loadu_ps(x[r] + i / UNIT * SPREAD + UNIT);
+        }
+        for (int n = 0; n < 4; n++) {
+            __m512bh given[R];
+            for (int r = 0; r < R; r++) given[r] = load32(x[r] + i / UNIT * SPREAD + n * (UNIT / 4));
+            for (int o = 0; o < O; o++) {
+                const __m512bh weight = unpacked(words[o], n);
+                for (int r = 0; r < R; r++) part[o][r] = _mm512_dpbf16_ps(part[o][r], weight, given[r]);
+            }
+        }
+        for (int o = 0; o < O; o++) {
+            const bf16* at = scales + o * groups + (i / 32 >> fold);
+            const __m512 factor = lane_scales(at, scales_there, group_of);
+            for (int r = 0; r < R; r++) sum[r][o] = _mm512_fmadd_ps(part[o][r], factor, sum[r][o]);
+        }
+    }
+    settle<O, R>(sum, y);
+}
+
+// y[r][o - from] = m[o] . x[r] for outputs `from` to `to`, a block at most.
+template <int R> static void product(Matrix m, i64 from, i64 to, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {
+    // As many outputs at once as registers hold.
+    constexpr int PLAIN = R <= 4 ? 4 : 2, PACKED = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+    const auto at = [&](i64 o) { return (float (*)[BLOCK])(&y[0][o - from]); };
+    i64 o = from;
+    if (m.scales) {
+        const uint8_t* w = (const uint8_t*)m.values;
+        for (; o + PACKED <= to; o += PACKED) dots4<PACKED, R>(w + o * k / 2, m.scales + o * (k / group), x, k, group, at(o));
+        for (; o < to; o++) dots4<1, R>(w + o * k / 2, m.scales + o * (k / group), x, k, group, at(o));
+    } else {
+        const bf16* w = (const bf16*)m.values;
+        for (; o + PLAIN <= to; o += PLAIN) dots<PLAIN, R>(w + o * k, k, x, k, at(o));
+        for (; o < to; o++) dots<1, R>(w + o * k, k, x, k, at(o));
+    }
+}
+
+// `sink(o, r, y, there)` gets y = m[o …] . x[r] of a block of outputs at a time, of which those exist that are `there`. Any
+// number of rows; spread ones for INT4 words. A row has the same results in any company.
+template <class F> static void products(Matrix m, i64 from, i64 to, const bf16* const* x, i64 rows, i64 k, i64 group, F sink) {
+    float y[2][ROWS][BLOCK] = {};
+    struct { i64 o, r, some; } now, before = {from, 0, 0};
+    int turn = 0;
+    const auto give = [&](const auto& done, auto* sums) {
+        for (i64 i = 0; i < done.some; i++) sink(done.o, done.r + i, _mm512_loadu_ps(sums[i]), first16(to - done.o));
+    };
+    for (now.o = from; now.o < to; now.o += BLOCK)
+        for (now.r = 0; now.r < rows; now.r += ROWS) {
+            const i64 end = std::min<i64>(now.o + BLOCK, to);
+            const bf16* const* given = x + now.r;
+            now.some = std::min<i64>(rows - now.r, ROWS);
+            switch (now.some) {
+                case 1: product<1>(m, now.o, end, given, k, group, y[turn]); break;
+                case 2: product<2>(m, now.o, end, given, k, group, y[turn]); break;
+                case 3: product<3>(m, now.o, end, given, k, group, y[turn]); break;
+                case 4: product<4>(m, now.o, end, given, k, group, y[turn]); break;
+                case 5: product<5>(m, now.o, end, given, k, group, y[turn]); break;
+                case 6: product<6>(m, now.o, end, given, k, group, y[turn]); break;
+                case 7: product<7>(m, now.o, end, given, k, group, y[turn]); break;
+                default: product<8>(m, now.o, end, given, k, group, y[turn]);
+            }
+            // One block later, as what was just written in small pieces cannot be read at once as a whole.
+            turn ^= 1;
+            give(before, y[turn]);
+            before = now;
+        }
+    give(before, y[turn ^ 1]);
+}
+
+// The same for bfloat16 weights, this thread's share of the outputs, and rows that follow one another.
+template <class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 rows, Share share, F sink) {
+    for (i64 first = 0; first < rows; first += ROWS) {
+        const bf16* given[ROWS];
+        const i64 some = std::min<i64>(rows - first, ROWS);
+        for (i64 r = 0; r < some; r++) given[r] = x + (first + r) * k;
+        products({w, nullptr}, share.begin, share.end, given, some, k, 0,
+                 [&](i64 o, i64 r, __m512 y, __mmask16 there) { sink(o, first + r, y, there); });
+    }
+}
 
 // Thirty-two values of INT4 words, each in the low bits of sixteen; of what stands above, a table takes no notice.
 static inline __m512i nibbles(const uint8_t* at) {
     const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at));
     return _mm512_or_si512(pair, _mm512_slli_epi32(pair, 12));
 }
-
-// The same for INT4 words: a group's sixteen possible weights stand in a table, from which its values pick.
-template <int O, int R>
-static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[ROWS]) {
-    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    __m512 sum[O][R];
-    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) sum[o][r] = _mm512_setzero_ps();
-    const i64 groups = k / group;
-    for (i64 first = 0; first < groups; first += 16) {  // sixteen scales at once become float
-        const i64 some = groups - first < 16 ? groups - first : 16;
-        float scale[O][16];
-        for (int o = 0; o < O; o++) {
-            const bf16* at = scales + o * groups + first;
-            _mm_prefetch((const char*)at + AHEAD / 8, _MM_HINT_T0);
-            __m256i sixteen = _mm256_maskz_loadu_epi16((1u << some) - 1, at);
-            _mm512_storeu_ps(scale[o], _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(sixteen), 16)));
-        }
-        for (i64 g = 0; g < some; g++) {
-            __m512i table[O];
-            for (int o = 0; o < O; o++)
-                table[o] = _mm512_broadcast_i64x4(narrow16(_mm512_mul_ps(values, _mm512_set1_ps(scale[o][g]))));
-            const i64 begin = (first + g) * group;
-            for (i64 i = begin; i < begin + group; i += 32) {
-                __m512bh given[R];
-                for (int r = 0; r < R; r++) given[r] = load32(x[r] + i);
-                for (int o = 0; o < O; o++) {
-                    const uint8_t* at = w + (o * k + i) / 2;
-                    if (i % 128 == 0) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
-                    const __m512i pair = nibbles(at);
-                    __m512bh weight = (__m512bh)_mm512_permutexvar_epi16(pair, table[o]);
-                    for (int r = 0; r < R; r++) sum[o][r] = _mm512_dpbf16_ps(sum[o][r], weight, given[r]);
-                }
-            }
-        }
-    }
-    settle<O, R>(sum, y);
-}
-
-template <int R> static void product(Matrix m, i64 from, i64 to, const bf16* const* x, i64 k, i64 group, float (*y)[ROWS]) {
-    constexpr int O = R <= 4 ? 4 : 2;
-    i64 o = from;
-    if (m.scales) {
-        const uint8_t* w = (const uint8_t*)m.values;
-        for (; o + O <= to; o += O) dots4<O, R>(w + o * k / 2, m.scales + o * (k / group), x, k, group, y + o - from);
-        for (; o < to; o++) dots4<1, R>(w + o * k / 2, m.scales + o * (k / group), x, k, group, y + o - from);
-    } else {
-        const bf16* w = (const bf16*)m.values;
-        for (; o + O <= to; o += O) dots<O, R>(w + o * k, k, x, k, y + o - from);
-        for (; o < to; o++) dots<1, R>(w + o * k, k, x, k, y + o - from);
-    }
-}
-
-// y[o - from][r] = m[o] . x[r] for outputs `from` to `to` and up to eight rows.
-static void product(Matrix m, i64 from, i64 to, const bf16* const* x, int rows, i64 k, i64 group, float (*y)[ROWS]) {
-    switch (rows) {
-        case 1: return product<1>(m, from, to, x, k, group, y);
-        case 2: return product<2>(m, from, to, x, k, group, y);
-        case 3: return product<3>(m, from, to, x, k, group, y);
-        case 4: return product<4>(m, from, to, x, k, group, y);
-        case 5: return product<5>(m, from, to, x, k, group, y);
-        case 6: return product<6>(m, from, to, x, k, group, y);
-        case 7: return product<7>(m, from, to, x, k, group, y);
-        default: return product<8>(m, from, to, x, k, group, y);
-    }
-}
-
-enum { BLOCK = 16 };  // outputs computed together
 
 // The bfloat16 weights that one row of INT4 words stands for.
 static void dequantize(const uint8_t* w, const bf16* scales, i64 k, i64 group, bf16* out) {
@@ -219,40 +290,6 @@ static void dequantize(const uint8_t* w, const bf16* scales, i64 k, i64 group, b
         __m512i table = _mm512_broadcast_i64x4(narrow16(_mm512_mul_ps(values, _mm512_set1_ps(wide(scales[g])))));
         for (i64 i = g * group; i < (g + 1) * group; i += 32) {
             _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(nibbles(w + i / 2), table));
-        }
-    }
-}
-
-// `sink(o, r, m[o] . x[r])` for outputs `from` to `to`, a block at most, and any number of rows. Many rows meet INT4
-// words unpacked once, in `scratch`: (BLOCK, k).
-template <class F>
-static void products(Matrix m, i64 from, i64 to, const bf16* const* x, i64 rows, i64 k, i64 group, bf16* scratch, F sink) {
-    float y[BLOCK][ROWS];
-    i64 first = from, last = to;
-    if (m.scales && rows > ROWS) {
-        for (i64 o = from; o < to; o++)
-            dequantize((const uint8_t*)m.values + o * k / 2, m.scales + o * (k / group), k, group, scratch + (o - from) * k);
-        m = {scratch, nullptr};
-        first = 0; last = to - from;
-    }
-    for (i64 r = 0; r < rows; r += ROWS) {
-        const int some = rows - r < ROWS ? rows - r : ROWS;
-        product(m, first, last, x + r, some, k, group, y);
-        for (i64 o = from; o < to; o++) for (int i = 0; i < some; i++) sink(o, r + i, y[o - from][i]);
-    }
-}
-
-// out[r] = bf16(w . x[r] + bias), this thread's share of the outputs, all rows; `sink(o, r, value)` takes the results.
-template <class F> static void linear(const bf16* w, i64 outputs, i64 k, const bf16* x, i64 rows, Share share, F sink) {
-    float y[BLOCK][ROWS];
-    for (i64 o = share.begin; o < share.end; o += BLOCK) {
-        i64 to = o + BLOCK < share.end ? o + BLOCK : share.end;
-        for (i64 first = 0; first < rows; first += ROWS) {
-            int some = rows - first < ROWS ? rows - first : ROWS;
-            const bf16* given[ROWS];
-            for (int r = 0; r < some; r++) given[r] = x + (first + r) * k;
-            product({w, nullptr}, o, to, given, some, k, 0, y);
-            for (i64 at = o; at < to; at++) for (int r = 0; r < some; r++) sink(at, first + r, y[at - o][r]);
         }
     }
 }
@@ -281,11 +318,16 @@ static inline void columns_of(const __m512* sum, __m512& first, __m512& second) 
 }
 
 static void rms_norm(const bf16* x, const bf16* weight, bf16* out, i64 size, float eps) {
-    float sum = 0;
-    #pragma omp simd reduction(+ : sum)
-    for (i64 i = 0; i < size; i++) sum += wide(x[i]) * wide(x[i]);
-    float factor = 1.0f / sqrtf(sum / size + eps);
-    for (i64 i = 0; i < size; i++) out[i] = narrow(wide(weight[i]) * rounded(wide(x[i]) * factor));
+    __m512 sum = _mm512_setzero_ps();
+    for (i64 i = 0; i < size; i += 16) {
+        const __m512 some = wide16(x + i, first16(size - i));
+        sum = _mm512_fmadd_ps(some, some, sum);
+    }
+    const __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / size + eps));
+    for (i64 i = 0; i < size; i += 16) {
+        const __mmask16 there = first16(size - i);
+        narrow16(out + i, _mm512_mul_ps(wide16(weight + i, there), rounded16(_mm512_mul_ps(wide16(x + i, there), factor))), there);
+    }
 }
 
 static void rotate(const bf16* x, const float* cos, const float* sin, bf16* out, i64 size) {  // pairs of neighbours

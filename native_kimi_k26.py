@@ -1,8 +1,8 @@
 """The CPU's own kernels: C++ compiled on first use by the machine's compiler, called with plain addresses.
 
 One new token per row through one decoder layer takes PyTorch some hundred small operations; here it is three calls.
-Weights are read where the checkpoint has them: bfloat16 rows, and INT4 words unpacked in registers to the bfloat16
-weights they stand for. Sums are float32, and results are rounded to bfloat16 where the plain path rounds them.
+Weights are read where the checkpoint has them: bfloat16 rows, and INT4 words unpacked in registers to integers, the sums
+of whose groups are scaled. Sums are float32, and results are rounded to bfloat16 where the plain path rounds them.
 
 Without a compiler, or a processor with AVX-512 and its bfloat16 products, `library()` is `None` and all runs on PyTorch.
 """
@@ -101,6 +101,11 @@ class Step(ctypes.Structure):
 
 
 NativeAddresses = address * 6  # of an expert: values and scales of gate, up and down; no scales: the values are bfloat16
+
+
+def knows_group(size: int) -> bool:
+    """Whether the kernels multiply INT4 words that have one scale for so many inputs; 0: weights that are not packed."""
+    return size % INPUTS == 0 and size & (size - 1) == 0
 
 
 def addresses(*tensors: torch.Tensor) -> list:
