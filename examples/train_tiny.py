@@ -8,6 +8,7 @@ takes a checkpoint that such a run has written through the last part of training
 
 import argparse
 import json
+import shutil
 import socket
 from pathlib import Path
 from random import Random
@@ -35,9 +36,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint goes")
     parser.add_argument("--minutes", type=float, default=115, help="end after so many minutes at the latest (%(default)s)")
-    parser.add_argument("--steps", type=int, default=9900, help="end after so many steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=9200, help="end after so many steps (%(default)s)")
     parser.add_argument("--seeing", type=int, default=1500, help="of them first so many of seeing alone (%(default)s)")
-    parser.add_argument("--last", type=int, default=2400, help="and so many in the last part (%(default)s)")
+    parser.add_argument("--last", type=int, default=1700, help="and so many in the last part (%(default)s)")
     parser.add_argument("--from", type=Path, dest="start", help="a checkpoint to take through the last part alone")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from DIR-training.pt")
@@ -76,6 +77,8 @@ def finish(options: argparse.Namespace, ranks: dict[bytes, int]) -> None:
     state = torch.load(state_path(options.out), weights_only=False)
     write_checkpoint(plain_model(state, len(ranks), quantized=True), options.out, TEMPLATE)
     draw_curve(state["history"], options.out / "curve.png")
+    if options.start:
+        shutil.copyfile(options.start / "curve.png", options.out / "curve-before.png")
     processor = KimiK26Processor.from_pretrained(options.out)
     model = KimiK26ForConditionalGeneration.from_pretrained(options.out, dtype="auto").eval()
     text = model.config.text_config

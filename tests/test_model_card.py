@@ -97,13 +97,13 @@ def test_tools_step_by_step(parrot, example, capsys):
 
     def look(word):
         asked.append(word)
-        return script(call("look", '{"word": "b"}', 1) if word == "a" else call("lok", "{}", 2))
+        return script(call("look", '{"word": "b"}', 1) if word == "a" else call("look", "{}", 2))
 
     first = script(call("look", '{"word": "a"}', 0))
     tools = {"look": (look, "Look it up", {"type": "object"})}
     assert example.call_tools(client_of(parrot), "kimi", first, tools, steps=3) == ""
     out = capsys.readouterr().out
-    assert asked == ["a", "b"] and "functions.lok:2 {} -> KeyError: 'lok'" in out
+    assert asked == ["a", "b"] and "functions.look:2 {} -> TypeError" in out
     assert [f"(thinks: Step {index}.)" in out for index in range(3)] == [True] * 3
 
 

@@ -93,6 +93,7 @@ def write_card(results: dict, folder: Path) -> None:
         "Muon for the matrices inside the layers, Adam for the rest; float32 masters of bfloat16 weights; from the middle of",
         "the first run on the experts learn under INT4 rounding. Load is balanced by the correction bias.",
         "",
+        *("![loss and accuracy of the first run](curve-before.png)" for _ in folder.glob("curve-before.png")),
         "![loss and accuracy](curve.png)",
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
@@ -104,6 +105,6 @@ def _run_lines(run: dict) -> list[str]:
     what = "the last part alone, from the weights of the run above (`--from`)" if before else "from nothing"
     return [
         *before,
-        f"- {run['steps']} steps of {run['rows']} dialogues, {what}: {run['core_minutes']:.0f} minutes of work for each of",
-        f"  {run['workers']} cores, {run['minutes']:.0f} by the clock, seed {run['seed']}.",
+        f"- {run['steps']} steps of {run['rows']} dialogues, {what}:",
+        f"  {run['core_minutes']:.0f} minutes of work for each of {run['workers']} cores, {run['minutes']:.0f} by the clock, seed {run['seed']}.",
     ]
