@@ -1,6 +1,6 @@
 # `make test`  sets up one environment per supported transformers version and runs all tests in each.
 # `make demo`  sets up one environment and shows the model at work.
-# `make bench` measures this project beside transformers and llama.cpp, each in an environment of its own.
+# `make bench` measures this project beside its peers, each in an environment of its own.
 # The tests' tensors are small: one thread each is fastest, and sparing on a busy machine.
 # Environments stand under .venv/ and are used again while the requirements stay the same.
 
@@ -24,6 +24,11 @@ demo: .venv/$(NEWEST)/complete
 # llama.cpp is built from source for this processor, which takes minutes; an environment of its own keeps it out of the tests.
 bench: .venv/$(NEWEST)/complete .venv/llama.cpp/complete
 	.venv/$(NEWEST)/bin/python benchmarks/text.py --profile --json benchmarks/text.json --plot benchmarks/text.png
+	.venv/$(NEWEST)/bin/python benchmarks/vision.py --profile --json benchmarks/vision.json --plot benchmarks/vision.png
+	.venv/$(NEWEST)/bin/python benchmarks/media.py --json benchmarks/media.json --plot benchmarks/media.png
+	.venv/$(NEWEST)/bin/python benchmarks/tokenizer.py --json benchmarks/tokenizer.json
+	.venv/$(NEWEST)/bin/python benchmarks/startup.py --json benchmarks/startup.json
+	.venv/$(NEWEST)/bin/python benchmarks/serving.py --json benchmarks/serving.json
 
 clean:
 	rm -rf .venv benchmarks/work build dist *.egg-info demo-output .pytest_cache

@@ -472,28 +472,40 @@ def release(*modules: torch.nn.Module):
 
     Leaves alone what lies elsewhere by now (casts, moves) or has been written to since it was mapped.
     """
-    if not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    for module in modules:
-        for parameter in module.parameters():
-            if getattr(parameter, "as_in_file", None) != (parameter.data_ptr(), parameter._version):
-                continue
-            first = -(-parameter.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: the others have neighbours
-            last = (parameter.data_ptr() + parameter.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            if last > first and not _has_own_pages(first, last):
-                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED))
+    for first, end in _mapped(modules):
+        first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: the others have neighbours
+        end = end // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > first and not _has_own_pages(first, end):
+            _advise(first, end, "MADV_DONTNEED")
 
 
 def read_ahead(*modules: torch.nn.Module):
     """Ask the system to read memory-mapped parameters from their files, all at once and without waiting for them."""
-    if not hasattr(mmap, "MADV_WILLNEED"):
-        return
+    for first, end in _mapped(modules):
+        _advise(first // mmap.PAGESIZE * mmap.PAGESIZE, end, "MADV_WILLNEED")
+
+
+def _mapped(modules: Iterable[torch.nn.Module]) -> list[tuple[int, int]]:
+    """Where memory-mapped parameters lie, addresses of first bytes and ends; neighbours in a file are one piece."""
+    pieces = []
     for module in modules:
-        for parameter in module.parameters():
-            if getattr(parameter, "as_in_file", None) == (parameter.data_ptr(), parameter._version):
-                first = parameter.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-                length = parameter.data_ptr() + parameter.nbytes - first
-                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_WILLNEED))
+        for part in module.modules():
+            for parameter in part._parameters.values():
+                at = getattr(parameter, "as_in_file", None)
+                if at is not None and at == (parameter.data_ptr(), parameter._version):
+                    pieces.append((at[0], at[0] + parameter.nbytes))
+    merged: list[tuple[int, int]] = []
+    for first, end in sorted(pieces):
+        if merged and merged[-1][1] == first:
+            first, _ = merged.pop()
+        merged.append((first, end))
+    return merged
+
+
+def _advise(first: int, end: int, advice: str):
+    """Tell the system what is to become of the pages from an address on, where it takes such advice."""
+    if hasattr(mmap, advice):
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), ctypes.c_int(getattr(mmap, advice)))
 
 
 def _has_own_pages(first: int, last: int) -> bool:

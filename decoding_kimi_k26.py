@@ -218,6 +218,7 @@ class NativeDecoder:
             # This layer has chosen experts that are not known yet.
             number = sum(part.has_experts for part in self.parts[:at])
             picked, layer = set(chosen[number].flatten().tolist()), self.parts[at].layer
+            layer.mlp.experts.announce(picked, normed.flatten(0, 1))
             routed = int(layer.mlp.experts.known.learn(picked))
             asked += len(picked) if routed else 0
             if not routed:  # adapters or hooks on an expert

@@ -22,6 +22,7 @@ from .triton_kimi_k26 import ExpertTable, grouped_experts, has_kernels, table_fo
 # Up to this many rows the CPU's INT4 product is faster than unpacking the words and multiplying.
 FEW_ROWS = 48
 ROWS_AT_ONCE = 4096  # by the native kernels, which hold what is inside of the experts for all of them
+GUESSED_ROWS = 4  # up to so many, what the next layer may want is few experts, and they are read ahead
 CHECKED_ROWS = 64  # from so many on, looking at every expert takes little beside computing them
 ALIGNMENT = 16  # bytes, of the tensors inside one piece of memory: the widest loads of a kernel
 
@@ -216,7 +217,6 @@ class NativeExpert(Layout):
         self._addresses = NativeAddresses(*at)
         self.address = ctypes.addressof(self._addresses)
         self._memory = [tensor.detach() for tensor in tensors]  # stays while the kernels may read it, whatever is put in its place
-        read_ahead(expert)
 
     def is_current(self) -> bool:
         """Whether the expert's weights are still these."""
@@ -416,9 +416,10 @@ class KimiK26Experts(nn.ModuleList):
         self.peers: Peers | None = None  # the processes that have the experts, where those are several
         self.tables: dict[torch.device, tuple] = {}  # see `table`
         self._known: KnownExperts | None = None
+        self.following: tuple[KimiK26Router, KimiK26Experts] | None = None  # router and experts of the next layer
 
     def __getstate__(self):
-        return self.__dict__ | {"tables": {}, "_known": None}  # a copy's experts lie elsewhere
+        return self.__dict__ | {"tables": {}, "_known": None, "following": None}  # a copy's experts lie elsewhere
 
     @property
     def known(self) -> KnownExperts:
@@ -482,8 +483,7 @@ class KimiK26Experts(nn.ModuleList):
             places = [place for place, number in enumerate(routing.picked[0]) if number in numbers]
             if not places:
                 return torch.zeros_like(x, dtype=dtype)
-            if x.device.type != "cpu":
-                self._announce((routing.picked[0][place] for place in places), x.device)
+            self.announce((routing.picked[0][place] for place in places), x)
             outs = torch.cat([self.run(routing.picked[0][place], x).to(x.device) for place in places])
             weights = routing.weights
             if len(places) < weights.shape[1]:
@@ -493,8 +493,7 @@ class KimiK26Experts(nn.ModuleList):
         tokens, factors = routing.by_expert()
         total = torch.zeros_like(x, dtype=dtype)
         ends = list(accumulate(routing.counts))
-        if x.device.type != "cpu":
-            self._announce((number for number in numbers if routing.counts[number]), x.device)
+        self.announce((number for number in numbers if routing.counts[number]), x)
         for number in numbers:
             count, end = routing.counts[number], ends[number]
             if count:
@@ -541,16 +540,23 @@ class KimiK26Experts(nn.ModuleList):
         release(expert)  # a copy out of a file has been read by now
         return sent
 
-    def _announce(self, numbers: Iterable[int], device: torch.device):
-        """Let the system read from the files, all together, the experts that are about to be fetched one by one.
+    def announce(self, numbers: Iterable[int], x: torch.Tensor):
+        """Let the system read from the files, all together, the experts that are about to be used one by one.
 
-        Nothing is fetched on a guess: reading an expert takes so much longer than computing it that time spent on a
-        wrong one is not won back by the right ones.
+        Where not all are held, those follow that the next layer's router would choose for the same input: it changes
+        little from layer to layer, and the guess is read while this layer computes.
+
+        Args:
+            x (`torch.Tensor` of shape `(tokens, hidden_size)`): the input of this layer's experts.
         """
-        held = self.store.on(device)
-        for number in numbers:
-            if not held.keeps((id(self), number)):
-                read_ahead(self[number])
+        store = self.store.on(x.device)
+        _read_ahead(store, self, numbers)
+        if store.bounded and self.following is not None and len(x) <= GUESSED_ROWS:
+            router, experts = self.following
+            weight, bias = router.weight.detach(), router.e_score_correction_bias
+            if is_plain(router) and weight.device == bias.device == x.device:  # else it waits elsewhere for its turn
+                scores = F.linear(x.detach(), weight.to(x.dtype)).sigmoid() + bias
+                _read_ahead(store, experts, set(scores.topk(router.top_k, dim=-1).indices.flatten().tolist()))
 
     def table(self, numbers: Collection[int], device: torch.device, thorough: bool) -> ExpertTable | None:
         """Where a GPU's kernels find the experts `numbers`; `None` where it has no kernels or does not hold them all.
@@ -591,7 +597,9 @@ class KimiK26Experts(nn.ModuleList):
         if not self.has_native_widths or library() is None:
             return None
         self.known.refresh(thorough=True)
-        held = {number: self.native(number) for number, count in enumerate(routing.counts) if count and number in numbers}
+        asked = [number for number, count in enumerate(routing.counts) if count and number in numbers]
+        self.announce(asked, x)
+        held = {number: self.native(number) for number in asked}
         if None in held.values():
             return None
         found = torch.zeros(len(self), dtype=torch.int64)
@@ -625,6 +633,12 @@ class KimiK26Experts(nn.ModuleList):
         prepared = CpuExpert(expert)
         release(expert)  # the words have served
         return prepared
+
+
+def _read_ahead(store: ExpertStore, experts: KimiK26Experts, numbers: Iterable[int]):
+    for number in numbers:
+        if not store.keeps((id(experts), number)):
+            read_ahead(experts._modules[str(number)])
 
 
 # In a compiled graph the experts are one operation on a CPU: which of them are computed is known when it runs only. It

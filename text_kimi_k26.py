@@ -463,6 +463,17 @@ class KimiK26TextModel(nn.Module):
         self.rotary_emb = KimiK26RotaryEmbedding(config)
         self.streams = False  # whether layers give their memory back after use, as they do not all fit
         self.native = None  # what the native kernels know of all layers together
+        self._chain()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._chain()
+
+    def _chain(self):
+        """Tell the experts of each layer which come next."""
+        routing = [layer.mlp for layer in self.layers if isinstance(layer.mlp, KimiK26MoE)]
+        for mlp, following in zip(routing, routing[1:]):
+            mlp.experts.following = following.gate, following.experts
 
     def share_store(self, store: ExpertStore) -> ExpertStore:
         """Let the experts of all layers be kept in one store; give it back."""

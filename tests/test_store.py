@@ -104,6 +104,32 @@ def test_memory_too_small_for_the_layers_streams_them(tiny_checkpoint, ids):
     assert not roomy.language_model.model.streams
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@torch.no_grad()
+def test_what_the_next_layer_would_choose_is_read_ahead(tiny_checkpoint, ids, copied, monkeypatch):
+    model = load(tiny_checkpoint, dtype=torch.float32, expert_budget=0)
+    model = copy.deepcopy(model) if copied else model
+    routing = [layer.mlp for layer in model.language_model.model.layers if hasattr(layer.mlp, "experts")]
+    place = {id(expert): (at, number) for at, mlp in enumerate(routing) for number, expert in enumerate(mlp.experts)}
+    asked = []
+    monkeypatch.setattr("kimi_k26.experts_kimi_k26.read_ahead", lambda expert: asked.append(place[id(expert)]))
+    for rows in (1, 3, 40):
+        asked.clear()
+        x = torch.randn(rows, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+        now, later = ({(at, n) for n in routing[at].gate(x)[2].flatten().tolist()} for at in (0, 1))
+        routing[0](x.unsqueeze(0))
+        assert set(asked[: len(now)]) == now
+        assert asked[len(now) :] == [] if rows == 40 else set(asked[len(now) :]) == later
+    model.set_budget(expert_budget="1GiB")  # holds all
+    asked.clear()
+    routing[0](x[:1].unsqueeze(0))
+    assert {at for at, _ in asked} == {0}
+    model.bfloat16().set_budget(expert_budget=0)
+    asked.clear()
+    answer(model, ids)
+    assert {at for at, _ in asked} == set(range(len(routing)))
+
+
 def test_few_rows_on_the_int4_product_are_close_to_the_reference(tiny_checkpoint):
     model = load(tiny_checkpoint)
     experts = model.language_model.model.layers[1].mlp.experts
