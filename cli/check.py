@@ -149,7 +149,11 @@ def _tokenizer(folder: Path, contents: dict) -> list:
         return [Finding(name, None, f"is missing, though {there[0]} is there") for name in absent if there]
     content, findings = _object(folder, TOKENIZER_CONFIG)
     try:
-        read_ranks(folder / VOCABULARY)
+        ranks = read_ranks(folder / VOCABULARY)
+        absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if absent:
+            problem = f"has no token for the single byte {absent[0]:#04x}, so that text with it cannot be encoded"
+            findings.append(Finding(VOCABULARY, None, problem))
     except (OSError, ValueError) as error:
         findings.append(Finding(VOCABULARY, None, str(error).removeprefix(str(folder / VOCABULARY)).lstrip(",: ")))
     if content is None:

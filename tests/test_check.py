@@ -358,6 +358,8 @@ SMALL_FILES = {
     "bad base64": (lambda f: edit_line(f, 3, "!!! 3"), "tiktoken.model", None, "line 4", False),
     "a rank twice": (lambda f: edit_line(f, 3, f"{base64.b64encode(b'qqq').decode()} 2"), "tiktoken.model", None, "ranks", False),
     "a token twice": (lambda f: edit_line(f, 3, f"{base64.b64encode(bytes([2])).decode()} 3"), "tiktoken.model", None, "ranks", False),
+    "a byte gone": (
+        lambda f: edit_line(f, 65, f"{base64.b64encode(b'zzz').decode()} 65"), "tiktoken.model", None, "single byte", True),
     "no vocabulary": (lambda f: (f / "tiktoken.model").unlink(), "tiktoken.model", None, "is missing", False),
     "no tokenizer config": (lambda f: (f / "tokenizer_config.json").unlink(), "tokenizer_config.json", None, "is missing", False),
     "config cut off": (lambda f: cut_bytes(f, "tokenizer_config.json"), "tokenizer_config.json", None, "not valid JSON", False),
