@@ -12,7 +12,8 @@ pytest.importorskip("fastapi", reason="the server takes the extra `serve`")
 
 from kimi_k26 import KimiK26ForConditionalGeneration
 from kimi_k26.cli.serve.engine import Clip, Engine, Prompt, QueueFull, Sequence, Stopped, prompt_keys
-from kimi_k26.cli.serve.latents import RowCache, Prefixes
+from kimi_k26.cli.serve.latents import RowCache
+from kimi_k26.cli.serve.prefixes import Prefixes
 from kimi_k26.cli.serve.sampling import Sampler, Settings, sample
 from kimi_k26.native_kimi_k26 import library
 from kimi_k26.tests.tiny_models import EOS, MEDIA, make_model, media_prompt, words
@@ -355,28 +356,63 @@ def test_room_is_given_back():
     assert torch.equal(cache.row(0)[0][0], torch.full((3, 2), 7.0))
 
 
-def test_kept_prefixes():
-    def contents(length):
-        return [(torch.arange(length).view(-1, 1), torch.arange(length).view(-1, 1))]
+def contents(keys) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Latents that say which tokens they are of."""
+    return [(torch.as_tensor(keys).view(-1, 1), -torch.as_tensor(keys).view(-1, 1))] * 2
 
+
+def known(kept: Prefixes, keys, running=()) -> int:
+    """How many tokens are known, whose latents must be theirs."""
+    keys = np.array(keys)
+    length, pieces = kept.find(keys, running)
+    for layer in zip(*pieces):
+        latents, rotary = map(torch.cat, zip(*layer))
+        assert latents.flatten().tolist() == (-rotary).flatten().tolist() == keys[:length].tolist()
+    assert bool(pieces) == bool(length)
+    return length
+
+
+def test_kept_prefixes():
     kept = Prefixes(budget=30, dialogues=3)
-    assert kept.find(np.arange(5)) == (0, None)
-    kept.add(np.arange(10), contents(10))
-    kept.add(np.arange(5), contents(5))  # known already
-    assert len(kept) == 1 and kept.tokens == 10
-    kept.add(np.arange(15), contents(15))  # continues the first, which goes
-    assert len(kept) == 1 and kept.tokens == 15
-    length, found = kept.find(np.array([0, 1, 2, 9, 9]))
-    assert length == 3 and len(found[0][0]) == 15
-    kept.add(np.arange(100, 110), contents(10))
-    kept.find(np.arange(3))  # used: the other is older now
-    kept.add(np.arange(200, 210), contents(10))
-    assert kept.tokens == 25 and kept.find(np.arange(100, 110))[0] == 0 and kept.find(np.arange(15))[0] == 15
-    kept.add(np.arange(300, 400), contents(100))  # more than the budget
-    assert kept.tokens == 25
+
+    def add(*runs):
+        keys = np.concatenate([np.arange(*run) for run in runs])
+        kept.add(keys, contents(keys))
+
+    assert known(kept, range(5)) == 0
+    add((0, 10))
+    add((0, 5))  # known already
+    add((0, 15))  # goes on from the first
+    assert len(kept) == 1 and kept.tokens == 15 and known(kept, range(20)) == 15
+    add((0, 8), (50, 54))  # begins as the first does: that is kept once
+    assert len(kept) == 2 and kept.tokens == 15 + 4
+    assert known(kept, [*range(8), 50, 51, 52, 9]) == 11 and known(kept, range(12)) == 12 and known(kept, [3]) == 0
+    assert known(kept, range(30, 40), [(np.arange(30, 36), contents(range(30, 36)))]) == 6  # of a row at work
+    add((100, 110))
+    known(kept, range(15))  # of use: the others are older now
+    add((200, 205))
+    assert [known(kept, k) for k in ([*range(8), 50], range(100, 110), range(15), range(200, 205))] == [8, 10, 15, 5]
+    assert kept.tokens == 30 and len(kept) == 3
+    add((300, 400))  # more than the budget
+    assert kept.tokens == 30
     for start in (500, 600, 700):
-        kept.add(np.arange(start, start + 2), contents(2))
+        add((start, start + 2))
     assert len(kept) == 3 and kept.tokens == 6
+    add((900, 930))
+    assert len(kept) == 1 and kept.tokens == 30
+
+
+def test_kept_prefixes_at_random():
+    draw = np.random.default_rng(0)
+    kept, said = Prefixes(budget=60, dialogues=6), []
+    for _ in range(400):
+        keys = draw.integers(0, 3, draw.integers(1, 16))
+        kept.add(keys, contents(keys))
+        said.append(keys.tolist())
+        assert known(kept, keys) == len(keys) and len(kept) <= 6 and kept.tokens <= 60
+        other = draw.integers(0, 3, 12).tolist()
+        assert known(kept, other) <= max(next((n for n in range(12) if k[: n + 1] != other[: n + 1]), 12) for k in said)
+    assert kept.tokens == sum(len(run.keys) for run in kept._runs)
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from typing import Optional, Protocol
 import numpy as np
 import torch
 
-from .latents import RowCache, Prefixes
+from .latents import RowCache
+from .prefixes import Prefixes
 from .sampling import Sampled, Sampler, sample
 
 logger = logging.getLogger(__name__)
@@ -336,11 +337,11 @@ class Engine:
         reading.cache = cache = RowCache(self.layers, len(reading.ids) + PAD_TO)
         keys = reading.sequences[0].keys()
         running = [(sequence.prompt.keys, self._cache.row(row)) for row, sequence in enumerate(self._running)]
-        length, contents = self.prefixes.find(keys[:-1], running)
-        if contents is None:
+        length, pieces = self.prefixes.find(keys[:-1], running)
+        if not pieces:
             cache.open_row()
             return
-        cache.add_row([(latents[:length], rotary[:length]) for latents, rotary in contents])
+        cache.add_row(*pieces)
         self.counts["prompt_tokens_reused"] += length
         for sequence in reading.sequences:
             sequence.cached = 0 if sequence.said else length

@@ -1,8 +1,5 @@
-"""Latents of the requests at work: one batch whose rows have lengths of their own, and prefixes kept for later."""
+"""Latents of the requests at work: one batch whose rows have lengths of their own."""
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
@@ -71,19 +68,19 @@ class RowCache(Cache):
         """An empty first row, for a prompt to be read into."""
         self.lengths, self.end = [0], 0
 
-    def add_row(self, contents: Contents) -> None:
-        """A new last row with a copy of these latents."""
-        length = contents[0][0].shape[0]
+    def add_row(self, *pieces: Contents) -> None:
+        """A new last row with a copy of these latents, one piece after the other."""
+        length = sum(piece[0][0].shape[0] for piece in pieces)
         if self.rows == 0:
             self.end = min(length, self.columns)
         if self.rows == self.places or length > self.end:
             self._move(self.rows + 1, max(length, self.longest))
         self.lengths.append(length)
-        for layer, parts in zip(self.layers, contents):
+        for layer, *parts in zip(self.layers, *pieces):
             if not layer.is_initialized:
-                layer.allocate(parts[0], (parts[0].shape[-1], parts[1].shape[-1]))
-            for buffer, part in zip(layer.buffers, parts):
-                buffer[self.rows - 1, 0, self.end - length : self.end] = part
+                layer.allocate(parts[0][0], tuple(part.shape[-1] for part in parts[0]))
+            for buffer, some in zip(layer.buffers, zip(*parts)):
+                torch.cat(some, out=buffer[self.rows - 1, 0, self.end - length : self.end])
             layer.look()
 
     def remove_row(self, row: int, wipe: bool = False) -> None:
@@ -138,57 +135,3 @@ class RowCache(Cache):
                 layer.allocate(held[0], (held[0].shape[-1], held[1].shape[-1]))
                 for buffer, old in zip(layer.buffers, held):
                     buffer[: self.rows, :, end - kept : end] = old[: self.rows, :, before - kept : before]
-
-
-class Prefixes:
-    """Latents of dialogues that have been answered, for those that go on. The least recently used go first.
-
-    Tokens are told apart by int64 keys: their id, or for the tokens of a picture a number made from its content.
-
-    Args:
-        budget: tokens held at most.
-        dialogues: held at most.
-    """
-
-    def __init__(self, budget: int, dialogues: int = 128):
-        self.budget, self.dialogues, self.tokens = budget, dialogues, 0
-        self._entries: list[tuple[np.ndarray, Contents]] = []  # the latest last
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def find(self, keys: np.ndarray, running: Sequence[tuple[np.ndarray, Contents]] = ()) -> tuple[int, Contents | None]:
-        """How many tokens of `keys` are known already, and the latents of at least so many.
-
-        Args:
-            keys: int64, `(length,)`.
-            running: rows at work, which serve as well: their keys and latents.
-        """
-        best, found, at = 0, None, None
-        for number, (known, contents) in enumerate([*self._entries, *running]):
-            length = shared(known, keys)
-            if length > best:
-                best, found, at = length, contents, number
-        if at is not None and at < len(self._entries):
-            self._entries.append(self._entries.pop(at))
-        return best, found
-
-    def add(self, keys: np.ndarray, contents: Contents) -> None:
-        """Keep a copy of a row. What it continues is not needed any more."""
-        if len(keys) > self.budget or any(shared(known, keys) == len(keys) for known, _ in self._entries):
-            return
-        self._entries = [entry for entry in self._entries if shared(entry[0], keys) < len(entry[0])]
-        self._entries.append((keys.copy(), [(latents.clone(), rotary.clone()) for latents, rotary in contents]))
-        self.tokens = sum(len(known) for known, _ in self._entries)
-        while self.tokens > self.budget or len(self) > self.dialogues:
-            self.tokens -= len(self._entries.pop(0)[0])
-
-    def clear(self) -> None:
-        self._entries, self.tokens = [], 0
-
-
-def shared(one: np.ndarray, other: np.ndarray) -> int:
-    """Length of the common beginning."""
-    length = min(len(one), len(other))
-    differ = one[:length] != other[:length]
-    return int(differ.argmax()) if differ.any() else length
