@@ -12,9 +12,9 @@ TRITON := 3.7.1
 
 .PHONY: test demo bench clean
 
-# Two versions at a time; each prints when it is done.
+# All versions at once; each prints when it is done.
 test: $(VERSIONS:%=.venv/%/complete)
-	@printf '%s\n' $(VERSIONS) | xargs -P 2 -I VERSION sh -c '\
+	@printf '%s\n' $(VERSIONS) | xargs -P 3 -I VERSION sh -c '\
 	    OMP_NUM_THREADS=1 .venv/VERSION/bin/python -m pytest -q > .venv/VERSION/log 2>&1; status=$$?; \
 	    echo "== transformers VERSION"; cat .venv/VERSION/log; exit $$status'
 

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("fastapi", reason="the server takes the extra `serve`")
 
 from kimi_k26 import KimiK26ForConditionalGeneration
-from kimi_k26.cli.serve.engine import Clip, Engine, Prompt, QueueFull, Sequence, Stopped, prompt_keys
+from kimi_k26.cli.serve.engine import Clip, Engine, Prompt, QueueFull, Sequence, Stopped, padded, prompt_keys
 from kimi_k26.cli.serve.latents import RowCache
 from kimi_k26.cli.serve.prefixes import Prefixes
 from kimi_k26.cli.serve.sampling import Sampler, Settings, sample
@@ -101,6 +101,22 @@ def test_together_as_alone(engine, model):
         assert listener.ending == ("length" if len(said) == 12 else "stop")
     assert engine.counts["steps"] < engine.counts["tokens_said"] / 2  # several in most steps
     assert engine.running == engine.waiting == 0
+
+
+def test_a_prompt_that_nobody_waits_for_is_read_in_long_pieces(engine, model, monkeypatch):
+    read, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **given: read.append(given["input_ids"].shape[1]) or forward(**given))
+    prompt = words(8 * engine.chunk, seed=6)
+    _, listener = ask(engine, prompt, 1)
+    listener.wait()
+    assert read == [padded(len(prompt))]
+    _, other = ask(engine, words(5, seed=7), 200)
+    while not other.tokens:
+        time.sleep(0.001)
+    read.clear()
+    _, listener = ask(engine, words(8 * engine.chunk, seed=8), 1)
+    listener.wait()
+    assert other.ending is None and max(read) <= padded(engine.chunk)
 
 
 def test_others_come_and_go(engine, model):

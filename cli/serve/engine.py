@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 # Pieces of prompts have few different lengths: for each that is new, PyTorch's libraries make and keep kernels.
 PAD_TO = 16
 
+# Chunks of a prompt that nobody waits for: each has its costs, which the first token of the reply has to wait for.
+ALONE = 8
+
 
 class QueueFull(Exception):
     """There is no place left to wait in."""
@@ -127,7 +130,7 @@ class Engine:
         end_ids: ids with which a reply ends.
         rows: replies decoded together at most.
         queue: replies waiting at most.
-        chunk: tokens of a prompt read between two steps.
+        chunk: tokens of a prompt read between two steps, while there are others; `ALONE` times as many without.
         cache_tokens: places in the batch, rows times the longest, at most. Where they run out the youngest reply waits
             and is read again later. Also the longest that prompt and reply together can be.
         prefix_tokens: tokens of answered dialogues that are kept.
@@ -287,7 +290,8 @@ class Engine:
         if reading.cache is None:
             self._open_cache(reading)
         start = reading.done
-        stop = min(start + self.chunk, len(reading.ids))
+        alone = not self._running and len(self._reading) == 1
+        stop = min(start + self.chunk * (ALONE if alone else 1), len(reading.ids))
         clips = [
             number
             for number, clip in enumerate(reading.prompt.clips)
