@@ -39,7 +39,7 @@ def draw_text(results: dict, path: Path):
     memory.axvline(results["weights"] / 2**20, color="black", linestyle=":", linewidth=1)
     memory.invert_yaxis()
     memory.margins(x=0.15)
-    memory.set(title="peak memory, MiB", xlabel="loading and 50 tokens; the dotted line: the weights")
+    memory.set(title="peak memory, MiB", xlabel="loading and 50 tokens (dotted: weights)")
     figure.savefig(path)
 
 
