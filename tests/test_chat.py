@@ -494,6 +494,10 @@ class Session:
         self.pid, self.master = pty.fork()
         if not self.pid:
             os.execve(words[0], words, ENVIRONMENT)
+        # Else the terminal, when Ctrl-C is typed, throws away what it holds, and with it what the command says to that.
+        modes = termios.tcgetattr(self.master)
+        modes[3] |= termios.NOFLSH
+        termios.tcsetattr(self.master, termios.TCSANOW, modes)
 
     def type(self, text: str):
         os.write(self.master, text.encode())
@@ -512,8 +516,7 @@ class Session:
         return before + found
 
     def interrupt(self, text: str):
-        """Ctrl-C at the prompt until this comes: one that is struck while `input` begins may go unheard, or what is said
-        to it is thrown away with what the terminal held at that moment."""
+        """Ctrl-C at the prompt until this comes: `input` does not hear one that is struck while it is not waiting."""
         for seconds in (5, 10, 20, 60):
             self.type("\x03")
             with suppress(AssertionError):
@@ -546,6 +549,7 @@ def test_in_a_terminal(endless, tmp_path):
     session.expect("error: nowhere.png: No such file or directory")
     session.expect("> ")
     session.type("half a li")
+    session.expect("half a li")
     session.interrupt("Ctrl-C stops an answer")
     session.type("\x1b[A")  # the line before
     session.expect("/image nowhere.png")
