@@ -1,8 +1,9 @@
 """`kimi-k26 serve FOLDER`: an OpenAI-compatible server for one checkpoint, for the users of one machine.
 
 `schema` reads requests, `media` loads what they show, `service` turns them into prompts; `engine` decodes all of them
-together (`latents` its cache, `prefixes` what is kept of it, `sampling` the choice of tokens, `guides` what must be said); `replies` puts tokens into
-OpenAI's objects; `talks` follows a request from its first byte to its last, and `app` is the face over HTTP.
+together (`latents` its cache, `prefixes` what is kept of it, `sampling` the choice of tokens, `guides` what must be said);
+`replies` puts tokens into OpenAI's objects; `talks` follows a request from its first byte to its last, and `app` is the
+face over HTTP.
 """
 
 import asyncio

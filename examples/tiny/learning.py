@@ -226,7 +226,6 @@ def take_weights(model, checkpoint: KimiK26ForConditionalGeneration) -> None:
         if name in theirs:
             parameter.copy_(theirs[name])
     for mine, other in zip(moe_layers(model), moe_layers(checkpoint)):
-        mine.gate.e_score_correction_bias.copy_(other.gate.e_score_correction_bias)
         mine.experts.read(other.experts)
 
 
