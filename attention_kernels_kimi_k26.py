@@ -230,12 +230,14 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
     const i64 groups = (a.heads + LANES - 1) / LANES;  // of heads, one to a lane
     bf16 *normed, *query_a, *key_value, *query, *absorbed, *turned, *read16, *value;
     uint32_t *packed, *packed_turned;  // (rows, groups, pairs, lanes)
+    float* weighed;                    // (threads, ROWS, rank)
     std::vector<Sums> sums(rows * groups * pieces);
     arena.layout([&] {
         normed = arena.take<bf16>(rows * a.hidden);
         query_a = arena.take<bf16>(rows * (a.q_lora ? a.q_lora : 1));
         key_value = arena.take<bf16>(rows * (a.rank + a.rope));
         query = arena.take<bf16>(rows * a.heads * head);
+        weighed = arena.take<float>(threads * ROWS * a.rank);
         absorbed = arena.take<bf16>(rows * a.heads * a.rank);
         turned = arena.take<bf16>(rows * a.heads * a.rope);
         packed = arena.take<uint32_t>(rows * groups * LANES * a.rank / 2);
@@ -270,27 +272,21 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
                [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(query + r * a.heads * head + o, y, there); });
         #pragma omp barrier
         // The expansion of keys moves into the query: (rows, nope) by (nope, rank) for each head.
-        for (Share s(a.heads * (a.rank / 32)); s.begin < s.end; s.begin++) {
-            const i64 h = s.begin / (a.rank / 32), column = s.begin % (a.rank / 32) * 32;
-            const bf16* to_key = a.kv_b + h * (a.nope + a.v) * a.rank + column;
+        float* sum = weighed + omp_get_thread_num() * ROWS * a.rank;
+        for (Share s(a.heads); s.begin < s.end; s.begin++)
             for (i64 first = 0; first < rows; first += ROWS) {
-                const int some = rows - first < ROWS ? rows - first : ROWS;
-                __m512 sum[ROWS][2];
-                for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-                const uint32_t* q = (const uint32_t*)(query + (first * a.heads + h) * head);  // two neighbours: a pair
-                // Columns are read from top to bottom, which memory is slow at: those of the next head are asked for meanwhile.
-                const i64 next = first ? 0 : (a.nope + a.v) * a.rank;
-                if (some == ROWS) weigh<ROWS>(to_key, a.rank, 32, a.nope / 2, q, a.heads * head / 2, sum, next);
-                else for (int i = 0; i < some; i++) weigh<1>(to_key, a.rank, 32, a.nope / 2, q + i * a.heads * head / 2, 0, sum + i, i ? 0 : next);
-                for (int i = 0; i < some; i++) {
-                    __m512 one, two;
-                    columns_of(sum[i], one, two);
-                    bf16* to = absorbed + ((first + i) * a.heads + h) * a.rank + column;
-                    _mm256_storeu_si256((__m256i*)to, narrow16(one));
-                    _mm256_storeu_si256((__m256i*)(to + 16), narrow16(two));
-                }
+                const i64 some = std::min<i64>(rows - first, ROWS), at = first * a.heads + s.begin;
+                const uint32_t* q = (const uint32_t*)(query + at * head);  // two neighbours: a pair
+                weigh(a.kv_b + s.begin * (a.nope + a.v) * a.rank, a.rank, a.nope / 2, q, a.heads * head / 2, some, sum);
+                for (i64 i = 0; i < some; i++)
+                    for (i64 column = 0; column < a.rank; column += 32) {
+                        __m512 one, two;
+                        columns_of(sum + i * a.rank + column, one, two);
+                        bf16* to = absorbed + (at + i * a.heads) * a.rank + column;
+                        _mm256_storeu_si256((__m256i*)to, narrow16(one));
+                        _mm256_storeu_si256((__m256i*)(to + 16), narrow16(two));
+                    }
             }
-        }
         for (Share s(rows * a.heads); s.begin < s.end; s.begin++) {
             const i64 r = s.begin / a.heads;
             rotate(query + s.begin * head + a.nope, cos + r * a.rope / 2, sin + r * a.rope / 2, turned + s.begin * a.rope, a.rope);

@@ -111,30 +111,28 @@ template <int O, int R> static inline void settle(const __m512 (&sum)[R][O], flo
 }
 
 enum { AHEAD = 6144 };  // bytes: weights are asked for so long before they are needed, as memory is slow to answer
+static inline void ask_ahead(const void* at) { _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T1); }
 
-// sum[r][o] += w[o] . x[r] for `O` neighbouring rows of w, lane by lane.
-template <int O, int R> static inline void accumulate(const bf16* w, i64 stride, const bf16* const* x, i64 k, __m512 (&sum)[R][O]) {
-    i64 i = 0;
-    for (; i + 32 <= k; i += 32) {
-        __m512bh given[R];
-        for (int r = 0; r < R; r++) given[r] = load32(x[r] + i);
-        for (int o = 0; o < O; o++) {
-            const bf16* at = w + o * stride + i;
-            _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
-            __m512bh weight = load32(at);
-            for (int r = 0; r < R; r++) sum[r][o] = _mm512_dpbf16_ps(sum[r][o], weight, given[r]);
-        }
-    }
-    if (i < k)
-        for (int o = 0; o < O; o++)
-            for (int r = 0; r < R; r++)
-                sum[r][o] = _mm512_dpbf16_ps(sum[r][o], load32(w + o * stride + i, k - i), load32(x[r] + i, k - i));
-}
-
-template <int O, int R> static inline void dots(const bf16* w, i64 stride, const bf16* const* x, i64 k, float (*y)[BLOCK]) {
+// y[r][o] = w[o] . x[r] for `O` neighbouring rows of w, one after the other: memory is fastest where it is read as it lies.
+// Each has two sums, of every other line, which do not wait for each other.
+template <int O, int R> static inline void dots(const bf16* w, const bf16* const* x, i64 k, float (*y)[BLOCK]) {
     __m512 sum[R][O];
-    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) sum[r][o] = _mm512_setzero_ps();
-    accumulate<O, R>(w, stride, x, k, sum);
+    #pragma GCC unroll 4
+    for (int o = 0; o < O; o++, w += k) {
+        __m512 part[R][2];
+        for (int r = 0; r < R; r++) part[r][0] = part[r][1] = _mm512_setzero_ps();
+        i64 i = 0;
+        for (; i + 64 <= k; i += 64)
+            for (int n = 0; n < 2; n++) {
+                const bf16* at = w + i + 32 * n;
+                ask_ahead(at);
+                const __m512bh weight = load32(at);
+                for (int r = 0; r < R; r++) part[r][n] = _mm512_dpbf16_ps(part[r][n], weight, load32(x[r] + i + 32 * n));
+            }
+        for (; i < k; i += 32)
+            for (int r = 0; r < R; r++) part[r][0] = _mm512_dpbf16_ps(part[r][0], load32(w + i, k - i), load32(x[r] + i, k - i));
+        for (int r = 0; r < R; r++) sum[r][o] = _mm512_add_ps(part[r][0], part[r][1]);
+    }
     settle<O, R>(sum, y);
 }
 
@@ -186,32 +184,25 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i group_of = _mm512_slli_epi32(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(2 + std::min(fold, 2))), 16);
     __m512 sum[R][O];
-    for (int o = 0; o < O; o++) for (int r = 0; r < R; r++) sum[r][o] = _mm512_setzero_ps();
-    for (int o = 0; o < O; o++) _mm_prefetch((const char*)(scales + o * groups) + AHEAD / 8, _MM_HINT_T0);
-    for (i64 i = 0; i < k; i += UNIT) {
-        const bool whole = k - i >= UNIT;
-        const __mmask32 there = whole ? ~0u : (1u << (k - i) / 4) - 1;
-        const __mmask8 scales_there = (1 << std::max<i64>(whole ? 4 >> fold : (k - i) / group, 1)) - 1;
-        __m512i words[O];
-        __m512 part[O][R];
-        for (int o = 0; o < O; o++) {
-            const uint8_t* at = w + (o * k + i) / 2;
-            _mm_prefetch(at + AHEAD, _MM_HINT_T0);
-            words[o] = _mm512_maskz_loadu_epi16(there, at);
-            for (int r = 0; r < R; r++) part[o][r] = _mm512_loadu_ps(x[r] + i / UNIT * SPREAD + UNIT);
-        }
-        for (int n = 0; n < 4; n++) {
-            __m512bh given[R];
-            for (int r = 0; r < R; r++) given[r] = load32(x[r] + i / UNIT * SPREAD + n * (UNIT / 4));
-            for (int o = 0; o < O; o++) {
-                const __m512bh weight = unpacked(words[o], n);
-                for (int r = 0; r < R; r++) part[o][r] = _mm512_dpbf16_ps(part[o][r], weight, given[r]);
+    #pragma GCC unroll 4
+    for (int o = 0; o < O; o++, w += k / 2, scales += groups) {
+        for (int r = 0; r < R; r++) sum[r][o] = _mm512_setzero_ps();
+        _mm_prefetch((const char*)scales + AHEAD / 8, _MM_HINT_T1);
+        for (i64 i = 0; i < k; i += UNIT) {
+            const bool whole = k - i >= UNIT;
+            const __mmask32 there = whole ? ~0u : (1u << (k - i) / 4) - 1;
+            const __mmask8 scales_there = (1 << std::max<i64>(whole ? 4 >> fold : (k - i) / group, 1)) - 1;
+            ask_ahead(w + i / 2);
+            const __m512i words = _mm512_maskz_loadu_epi16(there, w + i / 2);
+            const i64 unit = i / UNIT * SPREAD;
+            __m512 part[R];
+            for (int r = 0; r < R; r++) part[r] = _mm512_loadu_ps(x[r] + unit + UNIT);
+            for (int n = 0; n < 4; n++) {
+                const __m512bh weight = unpacked(words, n);
+                for (int r = 0; r < R; r++) part[r] = _mm512_dpbf16_ps(part[r], weight, load32(x[r] + unit + n * (UNIT / 4)));
             }
-        }
-        for (int o = 0; o < O; o++) {
-            const bf16* at = scales + o * groups + (i / 32 >> fold);
-            const __m512 factor = lane_scales(at, scales_there, group_of);
-            for (int r = 0; r < R; r++) sum[r][o] = _mm512_fmadd_ps(part[o][r], factor, sum[r][o]);
+            const __m512 factor = lane_scales(scales + (i / 32 >> fold), scales_there, group_of);
+            for (int r = 0; r < R; r++) sum[r][o] = _mm512_fmadd_ps(part[r], factor, sum[r][o]);
         }
     }
     settle<O, R>(sum, y);
@@ -219,19 +210,16 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
 
 // y[r][o - from] = m[o] . x[r] for outputs `from` to `to`, a block at most.
 template <int R> static void product(Matrix m, i64 from, i64 to, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {
-    // As many outputs at once as registers hold.
-    constexpr int PLAIN = R <= 4 ? 4 : 2, PACKED = R <= 2 ? 4 : R <= 4 ? 2 : 1;
-    const auto at = [&](i64 o) { return (float (*)[BLOCK])(&y[0][o - from]); };
+    constexpr int SOME = R <= 4 ? 4 : 2;  // outputs whose sums make one vector
     i64 o = from;
-    if (m.scales) {
-        const uint8_t* w = (const uint8_t*)m.values;
-        for (; o + PACKED <= to; o += PACKED) dots4<PACKED, R>(w + o * k / 2, m.scales + o * (k / group), x, k, group, at(o));
-        for (; o < to; o++) dots4<1, R>(w + o * k / 2, m.scales + o * (k / group), x, k, group, at(o));
-    } else {
-        const bf16* w = (const bf16*)m.values;
-        for (; o + PLAIN <= to; o += PLAIN) dots<PLAIN, R>(w + o * k, k, x, k, at(o));
-        for (; o < to; o++) dots<1, R>(w + o * k, k, x, k, at(o));
-    }
+    const auto next = [&](auto count) {
+        float (*to)[BLOCK] = (float (*)[BLOCK])(&y[0][o - from]);
+        if (m.scales) dots4<count, R>((const uint8_t*)m.values + o * k / 2, m.scales + o * (k / group), x, k, group, to);
+        else dots<count, R>((const bf16*)m.values + o * k, x, k, to);
+        o += count;
+    };
+    while (o + SOME <= to) next(std::integral_constant<int, SOME>());
+    while (o < to) next(std::integral_constant<int, 1>());
 }
 
 // `sink(o, r, y, there)` gets y = m[o …] . x[r] of a block of outputs at a time, of which those exist that are `there`. Any
@@ -294,27 +282,44 @@ static void dequantize(const uint8_t* w, const bf16* scales, i64 k, i64 group, b
     }
 }
 
-// sum[h][:] += weights[h] . rows, where `weights` holds a pair of bfloat16 for each two rows; up to 32 columns, H sums.
-// Two rows are interleaved, so the columns of a sum come in the order that `columns_of` undoes.
-template <int H>
-static inline void weigh(const bf16* rows, i64 stride, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, __m512 (*sum)[2],
-                         i64 ahead = 0) {  // distance of what will be read next time
-    for (i64 t = 0; t < pairs; t++) {
-        if (ahead) for (int i = 0; i < 2; i++) _mm_prefetch((const char*)(rows + (2 * t + i) * stride + ahead), _MM_HINT_T1);
-        __m512i one = (__m512i)load32(rows + 2 * t * stride, width), two = (__m512i)load32(rows + (2 * t + 1) * stride, width);
-        __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), high = (__m512bh)_mm512_unpackhi_epi16(one, two);
-        for (int h = 0; h < H; h++) {
-            __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[h * weight_stride + t]);
-            sum[h][0] = _mm512_dpbf16_ps(sum[h][0], weight, low);
-            sum[h][1] = _mm512_dpbf16_ps(sum[h][1], weight, high);
+// sum[i] = weights[i] . w for up to `ROWS` rows of weights, pairs of bfloat16 for each two rows of w, which has `width` columns,
+// whole lines of them. w is read as it lies, a few rows at a time, while the sums stay in the nearest cache. Two rows are
+// interleaved, so the columns of a sum come in the order that `columns_of` undoes.
+static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum) {
+    constexpr int SOME = 4;  // pairs at a time
+    memset(sum, 0, rows * width * sizeof(float));
+    const bf16* ahead = w + 2 * SOME * width;
+    for (i64 p = 0; p < pairs; p += SOME, w += 2 * SOME * width, weights += SOME) {
+        const int there = std::min<i64>(SOME, pairs - p);
+        for (i64 column = 0; column < width; column += 32) {
+            __m512bh low[SOME], high[SOME];
+            for (int n = 0; n < there; n++, ahead += 64) {
+                _mm_prefetch(ahead, _MM_HINT_T1);
+                _mm_prefetch(ahead + 32, _MM_HINT_T1);
+                const __m512i one = (__m512i)load32(w + 2 * n * width + column), two = (__m512i)load32(w + (2 * n + 1) * width + column);
+                low[n] = (__m512bh)_mm512_unpacklo_epi16(one, two);
+                high[n] = (__m512bh)_mm512_unpackhi_epi16(one, two);
+            }
+            for (i64 i = 0; i < rows; i++) {
+                float* to = sum + i * width + column;
+                __m512 first = _mm512_loadu_ps(to), second = _mm512_loadu_ps(to + 16);
+                for (int n = 0; n < there; n++) {
+                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[i * weight_stride + n]);
+                    first = _mm512_dpbf16_ps(first, weight, low[n]);
+                    second = _mm512_dpbf16_ps(second, weight, high[n]);
+                }
+                _mm512_storeu_ps(to, first);
+                _mm512_storeu_ps(to + 16, second);
+            }
         }
     }
 }
-static inline void columns_of(const __m512* sum, __m512& first, __m512& second) {  // 32 columns in order
+static inline void columns_of(const float* sum, __m512& first, __m512& second) {  // 32 columns in order
     const __m512i a = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i b = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    first = _mm512_permutex2var_ps(sum[0], a, sum[1]);
-    second = _mm512_permutex2var_ps(sum[0], b, sum[1]);
+    const __m512 one = _mm512_loadu_ps(sum), two = _mm512_loadu_ps(sum + 16);
+    first = _mm512_permutex2var_ps(one, a, two);
+    second = _mm512_permutex2var_ps(one, b, two);
 }
 
 static void rms_norm(const bf16* x, const bf16* weight, bf16* out, i64 size, float eps) {
