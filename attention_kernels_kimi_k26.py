@@ -51,7 +51,7 @@ static inline void interleave(const bf16* one, const bf16* two, i64 size, uint32
                                                  8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (i64 c = 0; c < size; c += 32) {
-        const __m512i a = (__m512i)load32(one + c, size - c), b = two ? (__m512i)load32(two + c, size - c) : _mm512_setzero_si512();
+        const __m512i a = (__m512i)load32(one + c, first32(size - c)), b = two ? (__m512i)load32(two + c, first32(size - c)) : _mm512_setzero_si512();
         _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(a, first, b));
         if (c + 16 < size) _mm512_storeu_si512(to + c + 16, _mm512_permutex2var_epi16(a, second, b));
     }

@@ -166,35 +166,31 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
             for (Share s(pairs); s.begin < s.end; s.begin++) complete(inner + s.begin * inner_row, width);
             #pragma omp barrier
         }
-        // Each thread has some of the outputs, of every expert in turn.
-        const i64 parts = std::min((i64)omp_get_num_threads() * PARTS, (f.hidden + BLOCK - 1) / BLOCK);
-        #pragma omp for schedule(dynamic, 1)
-        for (i64 part = 0; part < parts; part++) {
-            const i64 all = (f.hidden + BLOCK - 1) / BLOCK;
-            const i64 begin = all * part / parts * BLOCK, end = std::min(all * (part + 1) / parts * BLOCK, f.hidden);
-            for (i64 r = 0; r < rows; r++) memset(sums + r * f.hidden + begin, 0, (end - begin) * sizeof(float));
-            for (i64 n = 0; n < count; n++) {
-                const Team& t = team[n];
-                for (i64 r = 0; r < t.rows; r++) {
-                    const i64 p = pair[t.first + r];
-                    mine.x[r] = inner + p * inner_row; mine.sum[r] = sums + p / f.top_k * f.hidden; mine.factor[r] = weights[p];
-                }
-                products(t.expert->down, begin, end, mine.x, t.rows, width, f.group_size, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
-                    float* sum = mine.sum[r] + o;
-                    y = _mm512_fmadd_ps(_mm512_set1_ps(mine.factor[r]), rounded16(y), _mm512_maskz_loadu_ps(there, sum));
-                    _mm512_mask_storeu_ps(sum, there, y);
-                });
+        // Each thread has some of the outputs, of every expert in turn: the longest runs of memory there are.
+        const Share outputs(f.hidden, BLOCK);
+        const i64 begin = outputs.begin, end = outputs.end;
+        for (i64 r = 0; r < rows; r++) memset(sums + r * f.hidden + begin, 0, (end - begin) * sizeof(float));
+        for (i64 n = 0; n < count; n++) {
+            const Team& t = team[n];
+            for (i64 r = 0; r < t.rows; r++) {
+                const i64 p = pair[t.first + r];
+                mine.x[r] = inner + p * inner_row; mine.sum[r] = sums + p / f.top_k * f.hidden; mine.factor[r] = weights[p];
             }
-            for (i64 r = 0; r < rows; r++) mine.x[r] = shared + r * f.width;
-            const auto finish = [&](i64 o, i64 r, __m512 y, __mmask16 there) {  // y: of the shared expert
-                const i64 at = r * f.hidden + o;
-                __m512 sum = rounded16(_mm512_maskz_loadu_ps(there, sums + at));
-                if (f.gate) sum = rounded16(_mm512_add_ps(sum, rounded16(y)));
-                narrow16(out + at, x ? _mm512_add_ps(wide16(x + at, there), sum) : sum, there);
-            };
-            if (f.gate) products(common.down, begin, end, mine.x, rows, f.width, 0, finish);
-            else for (i64 o = begin; o < end; o += BLOCK) for (i64 r = 0; r < rows; r++) finish(o, r, _mm512_setzero_ps(), first16(end - o));
+            products(t.expert->down, begin, end, mine.x, t.rows, width, f.group_size, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+                float* sum = mine.sum[r] + o;
+                y = _mm512_fmadd_ps(_mm512_set1_ps(mine.factor[r]), rounded16(y), _mm512_maskz_loadu_ps(there, sum));
+                _mm512_mask_storeu_ps(sum, there, y);
+            });
         }
+        for (i64 r = 0; r < rows; r++) mine.x[r] = shared + r * f.width;
+        const auto finish = [&](i64 o, i64 r, __m512 y, __mmask16 there) {  // y: of the shared expert
+            const i64 at = r * f.hidden + o;
+            __m512 sum = rounded16(_mm512_maskz_loadu_ps(there, sums + at));
+            if (f.gate) sum = rounded16(_mm512_add_ps(sum, rounded16(y)));
+            narrow16(out + at, x ? _mm512_add_ps(wide16(x + at, there), sum) : sum, there);
+        };
+        if (f.gate) products(common.down, begin, end, mine.x, rows, f.width, 0, finish);
+        else for (i64 o = begin; o < end; o += BLOCK) for (i64 r = 0; r < rows; r++) finish(o, r, _mm512_setzero_ps(), first16(end - o));
     }
 }
 

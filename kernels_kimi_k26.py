@@ -32,9 +32,8 @@ static inline void narrow16(bf16* to, __m512 x, __mmask16 there) { _mm256_mask_s
 static inline __m512 rounded16(__m512 x) { return wide16(narrow16(x)); }
 static inline __mmask16 first16(i64 count) { return count >= 16 ? 0xffff : (1 << count) - 1; }
 static inline __m512bh load32(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
-static inline __m512bh load32(const bf16* x, i64 left) {
-    return (__m512bh)_mm512_maskz_loadu_epi16(left >= 32 ? ~0u : (1u << left) - 1, x);
-}
+static inline __m512bh load32(const bf16* x, __mmask32 there) { return (__m512bh)_mm512_maskz_loadu_epi16(there, x); }
+static inline __mmask32 first32(i64 count) { return count >= 32 ? ~0u : (1u << count) - 1; }
 
 // e^x: 2^n times a polynomial of the rest (Cephes expf); 0 far below.
 static inline __m512 exp16(__m512 x) {
@@ -121,16 +120,14 @@ template <int O, int R> static inline void dots(const bf16* w, const bf16* const
     for (int o = 0; o < O; o++, w += k) {
         __m512 part[R][2];
         for (int r = 0; r < R; r++) part[r][0] = part[r][1] = _mm512_setzero_ps();
+        const auto meet = [&](i64 i, int n, __mmask32 there) {
+            ask_ahead(w + i);
+            const __m512bh weight = load32(w + i, there);
+            for (int r = 0; r < R; r++) part[r][n] = _mm512_dpbf16_ps(part[r][n], weight, load32(x[r] + i, there));
+        };
         i64 i = 0;
-        for (; i + 64 <= k; i += 64)
-            for (int n = 0; n < 2; n++) {
-                const bf16* at = w + i + 32 * n;
-                ask_ahead(at);
-                const __m512bh weight = load32(at);
-                for (int r = 0; r < R; r++) part[r][n] = _mm512_dpbf16_ps(part[r][n], weight, load32(x[r] + i + 32 * n));
-            }
-        for (; i < k; i += 32)
-            for (int r = 0; r < R; r++) part[r][0] = _mm512_dpbf16_ps(part[r][0], load32(w + i, k - i), load32(x[r] + i, k - i));
+        for (; i + 64 <= k; i += 64) for (int n = 0; n < 2; n++) meet(i + 32 * n, n, ~0u);
+        for (; i < k; i += 32) meet(i, 0, first32(k - i));
         for (int r = 0; r < R; r++) sum[r][o] = _mm512_add_ps(part[r][0], part[r][1]);
     }
     settle<O, R>(sum, y);
@@ -176,34 +173,49 @@ static inline __m512 lane_scales(const bf16* scales, __mmask8 there, __m512i gro
 }
 
 // The same for INT4 words and spread x: integers are multiplied exactly, and each group's sum is scaled. A group has 32, 64,
-// 128, … inputs.
+// 128, … inputs. Two rows of w share what is loaded of x, as long as registers hold the sums: their words are half the time.
 template <int O, int R>
 static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {
     const i64 groups = k / group;
     const int fold = __builtin_ctzll(group / 32);  // 2^fold times 32 inputs have one scale
+    const __mmask8 whole_scales = (1 << std::max(4 >> fold, 1)) - 1;
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i group_of = _mm512_slli_epi32(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(2 + std::min(fold, 2))), 16);
+    constexpr int N = O < 2 || R > 4 ? 1 : 2;  // rows of w at a time
     __m512 sum[R][O];
     #pragma GCC unroll 4
-    for (int o = 0; o < O; o++, w += k / 2, scales += groups) {
-        for (int r = 0; r < R; r++) sum[r][o] = _mm512_setzero_ps();
+    for (int o = 0; o < O; o += N, w += N * k / 2, scales += N * groups) {
+        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) sum[r][o + n] = _mm512_setzero_ps();
         _mm_prefetch((const char*)scales + AHEAD / 8, _MM_HINT_T1);
-        for (i64 i = 0; i < k; i += UNIT) {
-            const bool whole = k - i >= UNIT;
-            const __mmask32 there = whole ? ~0u : (1u << (k - i) / 4) - 1;
-            const __mmask8 scales_there = (1 << std::max<i64>(whole ? 4 >> fold : (k - i) / group, 1)) - 1;
-            ask_ahead(w + i / 2);
-            const __m512i words = _mm512_maskz_loadu_epi16(there, w + i / 2);
+        if (N == 2) _mm_prefetch((const char*)(scales + groups) + AHEAD / 8, _MM_HINT_T1);
+        const auto meet = [&](i64 i, __mmask32 there, __mmask8 scales_there) {
             const i64 unit = i / UNIT * SPREAD;
-            __m512 part[R];
-            for (int r = 0; r < R; r++) part[r] = _mm512_loadu_ps(x[r] + unit + UNIT);
-            for (int n = 0; n < 4; n++) {
-                const __m512bh weight = unpacked(words, n);
-                for (int r = 0; r < R; r++) part[r] = _mm512_dpbf16_ps(part[r], weight, load32(x[r] + unit + n * (UNIT / 4)));
+            __m512i words[N];
+            __m512 part[N][R];
+            for (int n = 0; n < N; n++) {
+                ask_ahead(w + (n * k + i) / 2);
+                words[n] = _mm512_maskz_loadu_epi16(there, w + (n * k + i) / 2);
             }
-            const __m512 factor = lane_scales(scales + (i / 32 >> fold), scales_there, group_of);
-            for (int r = 0; r < R; r++) sum[r][o] = _mm512_fmadd_ps(part[r], factor, sum[r][o]);
-        }
+            for (int r = 0; r < R; r++) {
+                const __m512 less = _mm512_loadu_ps(x[r] + unit + UNIT);
+                for (int n = 0; n < N; n++) part[n][r] = less;
+            }
+            for (int q = 0; q < 4; q++) {
+                __m512bh weight[N];
+                for (int n = 0; n < N; n++) weight[n] = unpacked(words[n], q);
+                for (int r = 0; r < R; r++) {
+                    const __m512bh given = load32(x[r] + unit + q * (UNIT / 4));
+                    for (int n = 0; n < N; n++) part[n][r] = _mm512_dpbf16_ps(part[n][r], weight[n], given);
+                }
+            }
+            for (int n = 0; n < N; n++) {
+                const __m512 factor = lane_scales(scales + n * groups + (i / 32 >> fold), scales_there, group_of);
+                for (int r = 0; r < R; r++) sum[r][o + n] = _mm512_fmadd_ps(part[n][r], factor, sum[r][o + n]);
+            }
+        };
+        i64 i = 0;
+        for (; i + UNIT <= k; i += UNIT) meet(i, ~0u, whole_scales);
+        if (i < k) meet(i, (1u << (k - i) / 4) - 1, (1 << std::max<i64>((k - i) / group, 1)) - 1);
     }
     settle<O, R>(sum, y);
 }
