@@ -15,7 +15,7 @@ TRITON := 3.7.1
 # All versions at once; each prints when it is done.
 test: $(VERSIONS:%=.venv/%/complete)
 	@printf '%s\n' $(VERSIONS) | xargs -P 3 -I VERSION sh -c '\
-	    OMP_NUM_THREADS=1 .venv/VERSION/bin/python -m pytest -q > .venv/VERSION/log 2>&1; status=$$?; \
+	    PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 .venv/VERSION/bin/python -m pytest -q > .venv/VERSION/log 2>&1; status=$$?; \
 	    echo "== transformers VERSION"; cat .venv/VERSION/log; exit $$status'
 
 demo: .venv/$(NEWEST)/complete

@@ -392,3 +392,17 @@ def serves_attention(attention: nn.Module, query: torch.Tensor, span) -> bool:
         and not torch.compiler.is_compiling()
         and library() is not None
     )
+
+
+def serves_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the native kernel can norm `x`: bfloat16 on the CPU, without gradients, rows that follow one another."""
+    return (
+        type(x) is torch.Tensor
+        and type(weight) is nn.Parameter
+        and x.dtype == weight.dtype == torch.bfloat16
+        and x.device.type == weight.device.type == "cpu"
+        and x.is_contiguous()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )

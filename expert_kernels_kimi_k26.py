@@ -437,6 +437,11 @@ extern "C" void kimi_linear(const bf16* w, i64 outputs, i64 inputs, i64 rows, co
     });
 }
 
+extern "C" void kimi_norm(const bf16* x, const bf16* weight, bf16* out, i64 rows, i64 size, float eps, i64 threads) {
+    #pragma omp parallel num_threads(threads)
+    for (Share s(rows); s.begin < s.end; s.begin++) rms_norm(x + s.begin * size, weight, out + s.begin * size, size, eps);
+}
+
 // INT4 words → the bfloat16 weights they stand for.
 extern "C" void kimi_dequantize(const uint8_t* words, const bf16* scales, i64 outputs, i64 inputs, i64 group, bf16* out,
                                 i64 threads) {

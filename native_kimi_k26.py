@@ -135,7 +135,7 @@ def library():
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(f"The CPU's own kernels could not be compiled; the model runs on PyTorch alone.\n{error}")
         return None
-    for function in ("attention", "prefill", "route", "experts", "many_experts", "dense", "linear", "dequantize"):
+    for function in ("attention", "prefill", "route", "experts", "many_experts", "dense", "linear", "dequantize", "norm"):
         getattr(kernels, f"kimi_{function}").restype = None
     kernels.kimi_decode.restype = i64
     return kernels
@@ -171,6 +171,14 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out = x.new_empty(x.shape[0], weight.shape[0])
     sizes = (i64(size) for size in (*weight.shape, x.shape[0]))
     library().kimi_linear(*addresses(weight), *sizes, *addresses(x, out), i64(torch.get_num_threads()))
+    return out
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last axis, rounded as the plain path rounds: `x` and `weight` bfloat16 on the CPU, contiguous."""
+    out, size = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // size
+    library().kimi_norm(*addresses(x, weight, out), i64(rows), i64(size), ctypes.c_float(eps), i64(torch.get_num_threads()))
     return out
 
 

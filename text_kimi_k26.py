@@ -21,9 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_kimi_k26 import write_latents
 from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .decoding_kimi_k26 import compiled_decode, native_decoder, serves_attention
+from .decoding_kimi_k26 import compiled_decode, native_decoder, serves_attention, serves_norm
 from .experts_kimi_k26 import ExpertStore, KimiK26Experts, KimiK26MLP, KimiK26MoE, at_least_float32
-from .native_kimi_k26 import attention, is_plain
+from .native_kimi_k26 import attention, is_plain, norm
 from .parallel_kimi_k26 import Peers, check_split, local
 
 
@@ -43,6 +43,8 @@ class KimiK26RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if serves_norm(x, self.weight):
+            return norm(x, self.weight, self.eps)
         normed = F.rms_norm(x.to(at_least_float32(x.dtype)), self.weight.shape, eps=self.eps)
         return self.weight * normed.to(x.dtype)
 
@@ -269,12 +271,9 @@ class KimiK26Attention(nn.Module):
             latent, rotary_key = write_latents(past_key_values, self.layer_idx, latent, rotary_key, span.query_index)
         latent, rotary_key = latent.squeeze(1), rotary_key.squeeze(1)  # (batch, keys, rank or rope)
 
-        # (heads, nope or v_dim, rank)
-        to_key, to_value = (
-            current_weight(self.kv_b_proj).unflatten(0, (self.heads, -1)).split([self.nope, self.v_dim], dim=1)
-        )
+        expansion = current_weight(self.kv_b_proj).unflatten(0, (self.heads, -1))  # (heads, nope + v_dim, rank)
         query, turning_query = query.transpose(1, 2), turning_query.transpose(1, 2)  # (batch, heads, queries, …)
-        given = (query, turning_query, latent, rotary_key, to_key, to_value, span)
+        given = (query, turning_query, latent, rotary_key, expansion, span)
         natively = not output_attentions and self.config._attn_implementation != "eager" and serves_attention(self, query, span)
         if query.shape[2] <= (self.few_queries // NATIVE_GAIN if natively else self.few_queries):
             out, weights = self.on_latents(*given, output_attentions)
@@ -284,10 +283,11 @@ class KimiK26Attention(nn.Module):
             out, weights = self.on_expanded(*given, output_attentions)
         return self.o_proj(out.flatten(2)), weights
 
-    def on_latents(self, query, turning_query, latent, rotary_key, to_key, to_value, span, output_attentions):
+    def on_latents(self, query, turning_query, latent, rotary_key, expansion, span, output_attentions):
         """Attention with the expansion moved into the query and the output; latents are read as they are cached."""
         batch, heads, queries, _ = query.shape
         keys = latent.shape[1]
+        to_key, to_value = expansion.split([self.nope, self.v_dim], dim=1)
         # One product per head, rows of all the batch together: broadcasting would copy the weights instead.
         query = torch.bmm(query.transpose(0, 1).flatten(1, 2), to_key)  # (heads, batch * queries, rank)
         query = query.unflatten(1, (batch, -1)).transpose(0, 1)
@@ -312,19 +312,18 @@ class KimiK26Attention(nn.Module):
         out = torch.cat(outs, dim=2).transpose(1, 2)
         return out, all_weights[0] if output_attentions else None
 
-    def on_expanded_natively(self, query, turning_query, latent, rotary_key, to_key, to_value, span):
+    def on_expanded_natively(self, query, turning_query, latent, rotary_key, expansion, span):
         """Attention over expanded keys and values by the CPU's own kernel, which needs neither joined keys nor padded values."""
         step = max(1, EXPANSION_BLOCK // (latent.shape[0] * latent.shape[1] * (self.nope + self.v_dim)))
         query, turning_query, outs = query.transpose(1, 2), turning_query.transpose(1, 2), []
         for start in range(0, self.heads, step):
             some = slice(start, start + step)
-            key, value = (F.linear(latent, part[some].flatten(0, 1)) for part in (to_key, to_value))
-            key, value = key.unflatten(-1, (-1, self.nope)), value.unflatten(-1, (-1, self.v_dim))
+            key, value = self.expand(latent, expansion[some])
             given = (query[:, :, some], turning_query[:, :, some], key, rotary_key, value)
             outs.append(attention(*given, span.first, span.padding, self.scaling))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def on_expanded(self, query, turning_query, latent, rotary_key, to_key, to_value, span, output_attentions):
+    def on_expanded(self, query, turning_query, latent, rotary_key, expansion, span, output_attentions):
         """Attention over the keys and values of each head, expanded for as many heads at a time as fit the block."""
         implementation = self.config._attn_implementation
         per_head = latent.shape[0] * latent.shape[1] * 2 * (self.nope + self.rope)
@@ -333,7 +332,9 @@ class KimiK26Attention(nn.Module):
         outs, all_weights = [], []
         for start in range(0, self.heads, step):
             some = slice(start, start + step)
-            key, value = self.expand(latent, rotary_key, to_key[some], to_value[some])
+            key, value = self.expand(latent, expansion[some])
+            turning_key = rotary_key.unsqueeze(2).expand(-1, -1, key.shape[2], -1)
+            key, value = torch.cat((key, turning_key), dim=-1).transpose(1, 2), value.transpose(1, 2)
             if implementation in (None, "eager") or output_attentions:
                 out, weights = self.eager(query[:, some], key, value, span, output_attentions)
             elif implementation == "sdpa":
@@ -344,13 +345,10 @@ class KimiK26Attention(nn.Module):
             all_weights.append(weights)
         return torch.cat(outs, dim=2), all_weights[0] if output_attentions else None
 
-    def expand(self, latent, rotary_key, to_key, to_value):
-        """Latents → keys `(batch, heads, keys, nope + rope)` and values `(batch, heads, keys, v_dim)`."""
-        heads = to_key.shape[0]
-        key = F.linear(latent, to_key.flatten(0, 1)).unflatten(-1, (heads, -1))  # (batch, keys, heads, nope)
-        key = torch.cat((key, rotary_key.unsqueeze(2).expand(-1, -1, heads, -1)), dim=-1)
-        value = F.linear(latent, to_value.flatten(0, 1)).unflatten(-1, (heads, -1))
-        return key.transpose(1, 2), value.transpose(1, 2)
+    def expand(self, latent, expansion):
+        """Latents → keys `(batch, keys, heads, nope)`, but for their rotary part, and values `(batch, keys, heads, v_dim)`."""
+        expanded = F.linear(latent, expansion.flatten(0, 1)).unflatten(-1, (len(expansion), -1))
+        return expanded.split([self.nope, self.v_dim], dim=-1)
 
     def eager(self, query, key, value, span, output_attentions):
         batch, heads, queries, _ = query.shape

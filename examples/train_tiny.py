@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--matrix-rate", type=float, default=0.012, help="learning rate of Muon (%(default)s)")
     parser.add_argument("--other-rate", type=float, default=0.004, help="learning rate of Adam (%(default)s)")
     parser.add_argument("--rows", type=int, default=32, help="dialogues a step, in each process (%(default)s)")
-    parser.add_argument("--parts", type=int, default=5, help="batches they are cut into by length (%(default)s)")
+    parser.add_argument("--parts", type=int, default=4, help="batches they are cut into by length (%(default)s)")
     parser.add_argument("--log-every", type=int, default=100, help="steps between lines of progress (%(default)s)")
     parser.add_argument("--cases", type=int, default=200, help="of each skill in the table (%(default)s)")
     parser.add_argument("--evaluation-seed", type=int, default=1, help="of those cases (%(default)s)")

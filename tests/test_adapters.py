@@ -130,7 +130,7 @@ def test_trainer_teaches_an_adapter(checkpointing, dtype, tiny_checkpoint, tmp_p
         saving["gradient_checkpointing_kwargs"] = {"use_reentrant": checkpointing}
     trainer = Trainer(
         wrapped,
-        arguments(tmp_path, max_steps=8, learning_rate=1e-2, **saving),
+        arguments(tmp_path, max_steps=8, learning_rate=5e-3, **saving),
         data_collator=collator(KimiK26Processor.from_pretrained(tiny_checkpoint)),
         train_dataset=DIALOGUES * 4,
     )
