@@ -1,6 +1,7 @@
 """The training script's parts: its fast ways give what the published classes give, and a stopped run goes on the same."""
 
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from random import Random
@@ -9,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
 from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor  # noqa: E402
 from kimi_k26.cli.tiny import write_tokenizer  # noqa: E402
@@ -245,3 +247,31 @@ def test_the_last_part_goes_on_from_a_checkpoints_weights(model, ranks, folder, 
     name = "language_model.lm_head.weight"
     moved = (state["optimizer"]["master"][name] - dict(begun.named_parameters())[name].float()).abs()
     assert 0 < moved.max() < 0.01
+
+
+LINGER = """
+import sys, time
+sys.path.insert(0, {examples!r})
+from multiprocessing import get_context
+from tiny.running import end_with_parent
+
+def linger():
+    end_with_parent()
+    print("lingers", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    process = get_context("spawn").Process(target=linger)
+    process.start()
+    process.join()
+"""
+
+
+def test_a_process_ends_with_the_one_that_began_it(tmp_path):
+    script = tmp_path / "linger.py"
+    script.write_text(LINGER.format(examples=str(EXAMPLES)))
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"lingers\n"
+    parent.kill()
+    assert parent.stdout.read() == b""  # ends when the last process that could write has ended
+    parent.wait()

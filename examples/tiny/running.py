@@ -5,10 +5,13 @@ checkpoint would have, with calmer rates and `LAST_MIX`. So a checkpoint can als
 """
 
 import ctypes
+import multiprocessing
 import os
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 
 import torch
@@ -132,8 +135,16 @@ def keep_memory() -> None:
             tune(name, value)
 
 
+def end_with_parent() -> None:
+    """End this process when the one that began it has ended, however that came: nobody else would."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+
+
 def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
     """What each process does; process 0 also shows progress and saves the state."""
+    end_with_parent()
     keep_memory()
     torch.set_num_threads(1)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
