@@ -191,7 +191,8 @@ def test_forced_calls(server, choice, thinking, streamed):
 
 def test_thinking_cannot_end_a_forced_reply(server):
     """Neither the end nor a call may come inside thinking that has not been closed."""
-    cut = server.chat(script("Hm."), tools=[tool("f", NUMBER)], tool_choice="required", max_tokens=40)[1]["choices"][0]
+    fields = {"tools": [tool("f", NUMBER)], "tool_choice": "required", "max_tokens": 40, "temperature": 0}
+    (cut,) = server.chat(script("Hm."), **fields)[1]["choices"]
     assert cut["finish_reason"] == "length" and cut["message"]["reasoning"].startswith("Hm.")
 
 
