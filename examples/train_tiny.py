@@ -8,6 +8,7 @@ takes a checkpoint that such a run has written through the last part of training
 
 import argparse
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -122,6 +123,8 @@ def main() -> None:
     else:
         ranks = read_ranks(options.start / "tiktoken.model") if options.start else learn_vocabulary(options.seed)
         write_tokenizer(options.out, ranks)
+    # glibc reads this when a process begins: big pieces of memory come in big pages, whose addresses are found faster.
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     torch.multiprocessing.spawn(work, (options.workers, options, ranks), nprocs=options.workers)
     if options.until == options.steps:
         finish(options, ranks)

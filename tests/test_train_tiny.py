@@ -91,7 +91,7 @@ def test_the_training_forward_pass_is_the_models_own(model, ranks, folder):
     """Stacked experts, grouped clips and float32 attention against the published class, row by row."""
     plain = export.plain_model(state_of(model), len(ranks), quantized=False).float()
     trained = model.float()
-    (batch,) = batches.make_batches(vocabulary.encoding(ranks), 0, 0, 0, rows=10, parts=1)
+    (batch,) = batches.make_batches(vocabulary.encoding(ranks), 0, 0, 0, 1, rows=10, parts=1)
     logits, labels, rows, _, _ = learning.forward(trained, batch, len(ranks) + 21, len(ranks) + 255)
     start = 0
     for row, ids in enumerate(batch.ids):
@@ -131,11 +131,11 @@ def test_the_int4_file_holds_the_weights_that_were_trained(model, ranks, folder)
 def test_a_batch_depends_on_seed_and_step_alone(ranks):
     encoding = vocabulary.encoding(ranks)
     for step in (0, 7):
-        first, again = (batches.make_batches(encoding, 3, step, 1, rows=4, parts=1)[0] for _ in range(2))
+        first, again = (batches.make_batches(encoding, 3, step, 1, 2, rows=4, parts=1)[0] for _ in range(2))
         assert torch.equal(first.ids, again.ids) and torch.equal(first.labels, again.labels)
         for grid in first.clips:
             assert torch.equal(first.clips[grid][0], again.clips[grid][0])
-    other = batches.make_batches(encoding, 3, 8, 1, rows=4, parts=1)[0]
+    other = batches.make_batches(encoding, 3, 8, 1, 2, rows=4, parts=1)[0]
     assert first.ids.shape != other.ids.shape or not torch.equal(first.ids, other.ids)
 
 

@@ -1,5 +1,7 @@
-"""Dialogues as tensors. The batch of a step is a function of (seed, step, rank) alone, so a resumed run sees the same data."""
+"""Dialogues as tensors. The batches of a step are a function of (seed, step, rank, world)
+alone, so a resumed run sees the same data."""
 
+import math
 from dataclasses import dataclass
 from random import Random
 
@@ -7,7 +9,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from .case import GRID, STEP, Case, film_clips, render
+from .case import GRID, STEP, Case, film_clips, render, tokens_of
 from .dialogues import random_sight
 from .drawing import COLOURS, MOVES, SHAPES, Film, draw, draw_frame
 from .mixes import MIX, Mix, draw_case
@@ -15,6 +17,8 @@ from .mixes import MIX, Mix, draw_case
 PATCH = 14
 IGNORED = -100
 LENGTH_STEP = 16  # lengths come in few sizes: a size met for the first time is slow
+ROWS_STEP = 4  # so do their rows
+PATCH_WORK = 0.4  # what a patch costs, in tokens of text
 
 
 @dataclass
@@ -110,20 +114,64 @@ def make_batches(
     seed: int,
     step: int,
     rank: int,
+    world: int,
     rows: int,
     parts: int,
     mix: Mix = MIX,
 ) -> list[Batch]:
-    """`rows` dialogues, cut by length into `parts` batches."""
-    rng = Random(f"{seed}/{step}/{rank}")
-    cases = [draw_case(rng, mix) for _ in range(rows)]
-    coded = sorted(((case, *encode(encoding, case)) for case in cases), key=lambda item: len(item[1]))
-    bounds = [len(coded) * k // parts for k in range(parts + 1)]
-    return [collate(coded[a:b], encoding) for a, b in zip(bounds, bounds[1:]) if b > a]
+    """What process `rank` of `world` gets of a step: of `rows * world` dialogues, cut by length into `parts * world`
+    batches, about its share of the work."""
+    rng = Random(f"{seed}/{step}")
+    coded = [(case, *encode(encoding, case)) for case in (draw_case(rng, mix) for _ in range(rows * world))]
+    coded.sort(key=lambda item: len(item[1]))
+    lengths = [padded(len(ids)) for _, ids, _ in coded]
+    shares, loads = [[] for _ in range(world)], [0.0] * world
+    batches = [(work_of(coded[a:b], lengths[b - 1]), a, b) for a, b in best_cuts(lengths, parts * world)]
+    for work, a, b in sorted(batches, reverse=True):  # the longest first, each to who has least
+        least = loads.index(min(loads))
+        loads[least] += work
+        shares[least].append(coded[a:b])
+    return [collate(part, encoding) for part in shares[rank]]
+
+
+def padded(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def best_cuts(lengths: list[int], parts: int) -> list[tuple[int, int]]:
+    """Where to cut rows of rising lengths into `parts` batches (one row each, if there are less), for the least padding."""
+    count = len(lengths)
+    step = ROWS_STEP if parts * ROWS_STEP <= count else 1
+    parts = min(parts, count)
+    fewest = [[0.0] + [math.inf] * count]  # by parts, by rows in them
+    begins = []
+    for _ in range(parts):
+        ways = [(math.inf, 0)] * (count + 1)
+        for b in (*range(step, count, step), count):
+            ways[b] = min((fewest[-1][a] + (b - a) * lengths[b - 1], a) for a in range(0, b, step))
+        fewest.append([tokens for tokens, _ in ways])
+        begins.append([begin for _, begin in ways])
+    cuts, b = [], count
+    for begin in reversed(begins):
+        cuts.append((begin[b], b))
+        b = begin[b]
+    return cuts[::-1]
+
+
+def work_of(coded: list[tuple[Case, list[int], list[int]]], length: int) -> float:
+    """About what a batch costs, in tokens of text."""
+    patches = sum(patches_of(item) for case, _, _ in coded for item in case.media)
+    return len(coded) * length + PATCH_WORK * patches
+
+
+def patches_of(item) -> int:
+    if isinstance(item, Film):
+        return 4 * tokens_of(item.scene.width, item.scene.height) * sum(len(indices) for _, indices in film_clips(item))
+    return 4 * tokens_of(item.width, item.height)
 
 
 def collate(coded: list[tuple[Case, list[int], list[int]]], encoding: tiktoken.Encoding) -> Batch:
-    length = -(-max(len(ids) for _, ids, _ in coded) // LENGTH_STEP) * LENGTH_STEP
+    length = padded(max(len(ids) for _, ids, _ in coded))
     pad = encoding.encode_single_token("[PAD]")
     ids = torch.full((len(coded), length), pad)
     labels = torch.full((len(coded), length), IGNORED)

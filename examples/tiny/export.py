@@ -61,7 +61,7 @@ def expert_use(model: KimiK26ForConditionalGeneration, ranks: dict[bytes, int], 
         layer.gate.register_forward_hook(lambda _, __, out, at=at: chosen.setdefault(at, []).append(out[2].flatten()))
         for at, layer in enumerate(layers)
     ]
-    for batch in make_batches(encoding(ranks), seed, -1, 0, rows=300, parts=300):  # one dialogue each: no padding
+    for batch in make_batches(encoding(ranks), seed, -1, 0, 1, rows=300, parts=300):  # one dialogue each: no padding
         real = batch.ids[:, : int((batch.ids != len(ranks) + 255).sum())]
         media = {}
         if batch.clips:

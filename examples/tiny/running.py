@@ -28,7 +28,7 @@ from .learning import (
     StackedExperts,
     add_sight,
     balance_loss,
-    float_attention,
+    causal_attention,
     forward,
     media_features,
     moe_layers,
@@ -42,7 +42,7 @@ from .vocabulary import encoding
 
 WARMUP, DECAY_FROM, INT4_FROM = 30, 0.6, 0.5  # steps; shares of the run
 EASY_STEPS = 500  # with dialogues of `EASY_MIX`
-LAST_RATE, LAST_MINUTES = 0.3, 0.3  # of the last part: learning rate over that before, share of the run's time
+LAST_RATE, LAST_MINUTES = 0.3, 0.27  # of the last part: learning rate over that before, share of the run's time
 SIGHTS_PER_STEP = 64  # pictures and films of a step before the dialogues begin, in each process
 SEEING = ("vision_tower", "mm_projector", "sight")  # the parts that learn then
 SIGHT_WEIGHT = 0.5  # of the loss that reads figures off media tokens, beside the words' own
@@ -51,8 +51,8 @@ SAVE_EVERY = 180  # seconds
 
 
 def build(ranks: dict[bytes, int], seed: int, checkpoint: Path | None = None):
-    """The model in bfloat16 as it is trained: experts stacked, float32 attention. New weights, or a checkpoint's."""
-    AttentionInterface.register("float_sdpa", float_attention)
+    """The model in bfloat16 as it is trained: experts stacked, attention of its own. New weights, or a checkpoint's."""
+    AttentionInterface.register("causal", causal_attention)
     torch.manual_seed(seed)
     config = KimiK26Config(**model_config(len(ranks), quantized=False))
     model = KimiK26ForConditionalGeneration(config)
@@ -62,7 +62,7 @@ def build(ranks: dict[bytes, int], seed: int, checkpoint: Path | None = None):
     start_weights(model)
     if checkpoint is not None:
         take_weights(model, KimiK26ForConditionalGeneration.from_pretrained(checkpoint, dtype="auto"))
-    model.config.text_config._attn_implementation = "float_sdpa"
+    model.config.text_config._attn_implementation = "causal"
     return model.to(torch.bfloat16)
 
 
@@ -198,10 +198,13 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
             begin = clock.last_from[0] if last else options.seeing
             factor = (LAST_RATE if last else 1) * rate_factor(step - begin, progress)
             mix = LAST_MIX if last else EASY_MIX if step - begin < EASY_STEPS else MIX
-            batches = make_batches(coder, options.seed, step, rank, options.rows, options.parts, mix)
+            batches = make_batches(coder, options.seed, step, rank, world, options.rows, options.parts, mix)
         sight_weight = 0.0 if last else SIGHT_WEIGHT  # no checkpoint has the layer that reads them off
-        words = sum(int((batch.labels >= 0).sum()) for batch in batches)
-        media = sum(len(batch.sights) for batch in batches)
+        # All words of a step weigh the same, whoever has them; so do all media tokens.
+        words, media = sum(int((batch.labels >= 0).sum()) for batch in batches), sum(len(b.sights) for b in batches)
+        totals = torch.tensor([words, media], dtype=torch.float64)
+        dist.all_reduce(totals)
+        words, media = (totals / world).clamp(min=1).tolist()
         for batch in batches:
             if seeing:
                 loss = sight_loss(model, media_features(model, batch), batch.sights)
@@ -210,7 +213,7 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
                 continue
             logits, labels, rows, routers, seen = forward(model, batch, first + 21, first + 255, options.aux_loss_alpha > 0)
             losses = F.cross_entropy(logits, labels, reduction="none")
-            loss = losses.sum() / words + sight_weight * len(batch.sights) / max(1, media) * seen
+            loss = losses.sum() / words + sight_weight * len(batch.sights) / media * seen
             if routers:
                 loss = loss + options.aux_loss_alpha * balance_loss(routers, top_k) / len(batches)
             loss.backward()
@@ -229,7 +232,7 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
         if norm > 1:
             for gradient in gradients.values():
                 gradient.div_(norm)
-        optimizer.step(gradients, factor)
+        optimizer.step(gradients, factor, rank, world)
         for parameter in optimizer.live.values():
             parameter.grad = None
         for layer, load in zip(layers, loads.view(len(layers), -1)):
