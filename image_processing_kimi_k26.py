@@ -20,7 +20,9 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .compiling_kimi_k26 import compiled  # noqa: F401
 from .media_kimi_k26 import MediaError, MediaLimits, is_array, load_image, read_video
+from .scaling_kimi_k26 import Picture, scaled_strips
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ PATCHES_FOR_A_THREAD = 1024  # fewer are done before another thread has begun
 
 
 def write_patches(
-    image: Image.Image,
+    picture: Picture,
     target: Fit,
     patch: int,
     mean: list[float],
@@ -92,7 +94,7 @@ def write_patches(
     pieces = cut(-(-target.width // patch), parts)
     edges = [(left * patch, min(right * patch, target.width)) for left, right in pieces]
     pieces[-1] = (pieces[-1][0], target.columns)  # what is only padding goes with the last
-    strips = scaled_strips(image, edges, target.height, run)
+    strips = scaled_strips(picture, edges, target.height, run)
     fill = partial(fill_patches, mean=mean, std=std)
     list(run(fill, strips, [ordered[:, left:right] for left, right in pieces]))
 
@@ -107,35 +109,6 @@ def cut(count: int, parts: int) -> list[tuple[int, int]]:
     parts = min(parts, count)
     edges = [count * part // parts for part in range(parts + 1)]
     return list(zip(edges, edges[1:]))
-
-
-def scaled_strips(image: Image.Image, edges: list[tuple[int, int]], height: int, run: Callable) -> list[np.ndarray]:
-    """Strips of columns, from `left` to `right` of each of `edges`, of a picture scaled to `height` and the last edge.
-
-    Pillow scales along the rows, rounds, then scales along the columns: bands of rows, then strips of columns, give the
-    pixels of the whole. Where much more is lost in height than in width, newer versions begin with the columns.
-    """
-    width = edges[-1][1]
-    rows_first = image.height - height <= 2 * (image.width - width)
-    if len(edges) == 1 or image.size == (width, height) or not rows_first:
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image)
-        return [pixels[:, left:right] for left, right in edges]
-
-    def along_rows(band: tuple[int, int]) -> Image.Image:
-        rows = image.crop((0, band[0], image.width, band[1]))
-        return rows.resize((width, rows.height), Image.Resampling.BICUBIC)
-
-    def along_columns(edge: tuple[int, int]) -> np.ndarray:
-        strip = Image.new("RGB", (edge[1] - edge[0], image.height), None)
-        for band, rows in zip(bands, scaled):
-            strip.paste(rows, (-edge[0], band[0]))
-        return np.asarray(strip.resize((strip.width, height), Image.Resampling.BICUBIC))
-
-    bands = cut(image.height, len(edges))
-    scaled = list(run(along_rows, bands))
-    return list(run(along_columns, edges))
 
 
 def fill_patches(pixels: np.ndarray, ordered: np.ndarray, mean: list[float], std: list[float]) -> None:

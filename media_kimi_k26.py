@@ -254,15 +254,15 @@ ChooseFrames = Callable[[int, float], list[int]]  # (frames in the video, frames
 
 @dataclass
 class SampledVideo:
-    """The chosen frames of a video. `frames` yields one RGB PIL image per index, all of one size, and decodes while
-    it is walked; a frame that cannot be delivered raises `MediaError` there."""
+    """The chosen frames of a video. `frames` yields one RGB picture per index, uint8 (height, width, 3), and decodes
+    while it is walked; a frame that cannot be delivered raises `MediaError` there."""
 
     total_frames: int
     fps: float
     width: int
     height: int
     indices: list[int]
-    frames: Iterator[Image.Image]
+    frames: Iterator[np.ndarray]
 
 
 def read_video(
@@ -328,7 +328,7 @@ def _from_frames(source: Any, choose: ChooseFrames, fps: Optional[float], limits
     _check_video(len(source), fps, width, height, limits)
     indices = _check_indices(choose(len(source), fps), len(source))
 
-    def frames() -> Iterator[Image.Image]:
+    def frames() -> Iterator[np.ndarray]:
         for index in indices:
             frame = load_image(source[index], limits)
             if frame.size != (width, height):
@@ -336,7 +336,7 @@ def _from_frames(source: Any, choose: ChooseFrames, fps: Optional[float], limits
                     f"frame {index} is {frame.width}x{frame.height} and frame 0 is {width}x{height}:"
                     " the frames of a video have one size"
                 )
-            yield frame
+            yield np.asarray(frame)
 
     return SampledVideo(len(source), fps, width, height, indices, frames())
 
@@ -360,9 +360,8 @@ def _from_url(source: str, choose: ChooseFrames, limits: MediaLimits) -> Sampled
         raise MediaError(f"cannot load the video {describe(source)}: {error}") from error
     if len(frames) != len(chosen["indices"]):
         raise MediaError(f"{describe(source)}: {len(frames)} of {len(chosen['indices'])} frames could be decoded")
-    images = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames)
     height, width = frames.shape[1:3]
-    return SampledVideo(chosen["total"], chosen["fps"], width, height, chosen["indices"], images)
+    return SampledVideo(chosen["total"], chosen["fps"], width, height, chosen["indices"], map(np.ascontiguousarray, frames))
 
 
 @dataclass
@@ -546,35 +545,36 @@ def _decode_all(file: Any, name: str) -> Iterator[Any]:
         container.close()
 
 
-def _decode(file: Any, owned: bool, timeline: _Timeline, indices: list[int]) -> Iterator[Image.Image]:
-    """The frames of `indices`, in order, as RGB images; repeated indices repeat the frame."""
+def _decode(file: Any, owned: bool, timeline: _Timeline, indices: list[int]) -> Iterator[np.ndarray]:
+    """The frames of `indices`, in order, as RGB pixels; repeated indices repeat the frame."""
     try:
         if timeline.shown is None:
             found = enumerate(_decode_all(file, timeline.name))
         else:
             found = _decode_needed(file, timeline, indices)
-        position, image, reformatter = -1, None, VideoReformatter()
+        position, pixels, reformatter = -1, None, VideoReformatter()
         for index in indices:
             while position < index:
                 position, frame = next(found, (None, None))
                 if position is None:
                     raise MediaError(f"{timeline.name} is damaged or truncated: frame {index} cannot be decoded")
-                image = None
-            if image is None:
+                pixels = None
+            if pixels is None:
                 if frame.is_corrupt:
                     raise MediaError(f"{timeline.name} is damaged or truncated: frame {index} is incomplete")
-                image = _to_picture(frame, timeline.width, timeline.height, reformatter)
-            yield image
+                pixels = _rgb(frame, timeline.width, timeline.height, reformatter)
+            yield pixels
     finally:
         if owned:
             file.close()
 
 
-def _to_picture(frame: Any, width: int, height: int, reformatter: VideoReformatter) -> Image.Image:
-    """As `frame.to_image`, which copies the pixels twice more and makes a reformatter for each frame."""
+def _rgb(frame: Any, width: int, height: int, reformatter: VideoReformatter) -> np.ndarray:
+    """`(height, width, 3)` uint8, every row contiguous. As `frame.to_ndarray`, which copies the pixels once more and makes
+    a reformatter for each frame."""
     plane = reformatter.reformat(frame, width, height, "rgb24").planes[0]
-    stride, direction = abs(plane.line_size), 1 if plane.line_size > 0 else -1  # negative: the last row comes first
-    return Image.frombytes("RGB", (width, height), plane, "raw", "RGB", stride, direction)
+    rows = np.frombuffer(plane, np.uint8).reshape(height, abs(plane.line_size))[:, : 3 * width]
+    return rows[:: 1 if plane.line_size > 0 else -1].reshape(height, width, 3)  # negative: the last row comes first
 
 
 def _decode_needed(file: Any, timeline: _Timeline, indices: list[int]) -> Iterator[tuple[int, Any]]:

@@ -9,23 +9,14 @@ Without a compiler, or a processor with AVX-512 and its bfloat16 products, `libr
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
 from .attention_kernels_kimi_k26 import ATTENTION
+from .compiling_kimi_k26 import compiled
 from .expert_kernels_kimi_k26 import EXPERTS
 from .kernels_kimi_k26 import COMMON
 
-
-logger = logging.get_logger(__name__)
 
 SOURCE = COMMON + ATTENTION + EXPERTS
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}  # as /proc/cpuinfo has them
@@ -121,49 +112,13 @@ def is_plain(module: torch.nn.Module) -> bool:
 @functools.cache
 def library():
     """The compiled kernels, or `None` where this machine cannot have them. Compiles when first asked, once per machine."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    features = _processor_features()
-    if compiler is None or platform.machine() != "x86_64" or not NEEDED <= features:
-        return None
-    key = "\n".join((SOURCE, compiler, *sorted(features), torch.__version__))
-    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kimi_k26"
-    try:
-        if not (folder / name).exists():
-            _compile(compiler, folder / name)
-        kernels = ctypes.CDLL(str(folder / name))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.warning(f"The CPU's own kernels could not be compiled; the model runs on PyTorch alone.\n{error}")
+    kernels = compiled("kernels", SOURCE, NEEDED, parallel=True, depends=torch.__version__)
+    if kernels is None:
         return None
     for function in ("attention", "prefill", "route", "experts", "many_experts", "dense", "linear", "dequantize", "norm"):
         getattr(kernels, f"kimi_{function}").restype = None
     kernels.kimi_decode.restype = i64
     return kernels
-
-
-def _processor_features() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
-
-
-def _compile(compiler: str, target: Path):
-    """Write the library, whole or not at all. Its threads are PyTorch's own, whose OpenMP is in the process already."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    process = ctypes.CDLL(None)
-    shares_threads = all(hasattr(process, name) for name in ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num"))
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        source, built, made = (Path(folder) / name for name in ("kernels.cpp", "kernels.o", "kernels.so"))
-        source.write_text(SOURCE)
-        flags = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-w"]
-        link = ["-Wl,--unresolved-symbols=ignore-all"] if shares_threads else ["-fopenmp"]
-        for command in ([*flags, "-c", source, "-o", built], ["-shared", built, "-o", made, *link]):
-            done = subprocess.run([compiler, *map(str, command)], capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                raise RuntimeError(done.stderr[-2000:])
-        os.replace(made, target)
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

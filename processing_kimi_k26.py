@@ -34,7 +34,9 @@ from .tokenization_kimi import TikTokenTokenizer
 
 # Version 4 of the library copies from a local folder only those modules that the loaded one names itself, and not what
 # these import in turn; so all of them are named here.
+from .compiling_kimi_k26 import compiled  # noqa: F401
 from .media_kimi_k26 import MediaError  # noqa: F401
+from .scaling_kimi_k26 import scaled_strips  # noqa: F401
 from .tool_declaration_kimi import tool_schemas  # noqa: F401
 from .vocabulary_kimi import SPLIT_PATTERN  # noqa: F401
 
