@@ -406,3 +406,23 @@ def serves_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and library() is not None
     )
+
+
+def serves_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether the native kernel can turn the pairs of `x`: bfloat16 on the CPU, without gradients, its rows evenly apart."""
+    return (
+        type(x) is torch.Tensor
+        and x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.dim() >= 3
+        and x.numel() > 0
+        and x.stride(-1) == 1
+        and all(x.stride(at) == x.stride(at + 1) * x.shape[at + 1] for at in range(x.dim() - 3))
+        and cos.shape == sin.shape == (*x.shape[:-2], 1, x.shape[-1] // 2)
+        and cos.dtype == sin.dtype == torch.float32
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )

@@ -442,6 +442,15 @@ extern "C" void kimi_norm(const bf16* x, const bf16* weight, bf16* out, i64 rows
     for (Share s(rows); s.begin < s.end; s.begin++) rms_norm(x + s.begin * size, weight, out + s.begin * size, size, eps);
 }
 
+// `size` values of each of `heads` heads of each row, turned by the row's angles; out (rows, heads, size).
+extern "C" void kimi_rotate(const bf16* x, i64 row, i64 head, const float* cos, const float* sin, bf16* out, i64 rows, i64 heads,
+                            i64 size, i64 threads) {
+    #pragma omp parallel num_threads(threads)
+    for (Share s(rows); s.begin < s.end; s.begin++)
+        for (i64 h = 0; h < heads; h++)
+            rotate(x + s.begin * row + h * head, cos + s.begin * size / 2, sin + s.begin * size / 2, out + (s.begin * heads + h) * size, size);
+}
+
 // INT4 words → the bfloat16 weights they stand for.
 extern "C" void kimi_dequantize(const uint8_t* words, const bf16* scales, i64 outputs, i64 inputs, i64 group, bf16* out,
                                 i64 threads) {

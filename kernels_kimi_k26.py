@@ -347,14 +347,6 @@ static void rms_norm(const bf16* x, const bf16* weight, bf16* out, i64 size, flo
     }
 }
 
-static void rotate(const bf16* x, const float* cos, const float* sin, bf16* out, i64 size) {  // pairs of neighbours
-    for (i64 i = 0; i < size / 2; i++) {
-        float a = wide(x[2 * i]), b = wide(x[2 * i + 1]);
-        out[2 * i] = narrow(a * cos[i] - b * sin[i]);
-        out[2 * i + 1] = narrow(b * cos[i] + a * sin[i]);
-    }
-}
-
 // ---------------------------------------------------------------------------------------- many rows: one to a lane
 
 enum { LANES = 16 };
@@ -423,5 +415,20 @@ static inline void rows_of(const __m512* columns, i64 stride, __m512 (&row)[LANE
 // Two vectors of lanes as pairs: one word in each lane, the first below.
 static inline __m512i paired(__m512 one, __m512 two) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(narrow16(one)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(two)), 16));
+}
+
+// Pairs of neighbours turned. Products are rounded before they are added up, as PyTorch does it.
+static void rotate(const bf16* x, const float* cos, const float* sin, bf16* out, i64 size) {
+    constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;  // in so many words, or they would be fused
+    for (i64 i = 0; i < size / 2; i += LANES) {
+        const __mmask16 there = first16(size / 2 - i);
+        const __m512i both = _mm512_maskz_loadu_epi32(there, x + 2 * i);
+        const __m512 a = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        const __m512 b = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
+        const __m512 c = _mm512_maskz_loadu_ps(there, cos + i), s = _mm512_maskz_loadu_ps(there, sin + i);
+        const __m512 one = _mm512_sub_ps(_mm512_mul_round_ps(a, c, NEAREST), _mm512_mul_round_ps(b, s, NEAREST));
+        const __m512 two = _mm512_add_ps(_mm512_mul_round_ps(b, c, NEAREST), _mm512_mul_round_ps(a, s, NEAREST));
+        _mm512_mask_storeu_epi32(out + 2 * i, there, paired(one, two));
+    }
 }
 """

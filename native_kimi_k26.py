@@ -115,7 +115,7 @@ def library():
     kernels = compiled("kernels", SOURCE, NEEDED, parallel=True, depends=torch.__version__)
     if kernels is None:
         return None
-    for function in ("attention", "prefill", "route", "experts", "many_experts", "dense", "linear", "dequantize", "norm"):
+    for function in ("attention", "prefill", "route", "experts", "many_experts", "dense", "linear", "dequantize", "norm", "rotate"):
         getattr(kernels, f"kimi_{function}").restype = None
     kernels.kimi_decode.restype = i64
     return kernels
@@ -134,6 +134,16 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out, size = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // size
     library().kimi_norm(*addresses(x, weight, out), i64(rows), i64(size), ctypes.c_float(eps), i64(torch.get_num_threads()))
+    return out
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Neighbouring pairs turned, with the bits of the plain path: `x` `(…, heads, dim)` bfloat16 on the CPU, the rows of `…`
+    evenly apart and the last axis contiguous; `cos` and `sin` `(…, 1, dim / 2)` float32, contiguous. `(…, heads, dim)`."""
+    heads, dim = x.shape[-2:]
+    out = x.new_empty(x.shape)
+    sizes = (i64(size) for size in (x.numel() // (heads * dim), heads, dim, torch.get_num_threads()))
+    library().kimi_rotate(*addresses(x), i64(x.stride(-3)), i64(x.stride(-2)), *addresses(cos, sin, out), *sizes)
     return out
 
 

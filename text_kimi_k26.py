@@ -21,9 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_kimi_k26 import write_latents
 from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .decoding_kimi_k26 import compiled_decode, native_decoder, serves_attention, serves_norm
+from .decoding_kimi_k26 import compiled_decode, native_decoder, serves_attention, serves_norm, serves_rotation
 from .experts_kimi_k26 import ExpertStore, KimiK26Experts, KimiK26MLP, KimiK26MoE, at_least_float32
-from .native_kimi_k26 import attention, is_plain, norm
+from .native_kimi_k26 import attention, is_plain, norm, rotate
 from .parallel_kimi_k26 import Peers, check_split, local
 
 
@@ -55,6 +55,8 @@ def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Args:
         x (`torch.Tensor` of shape `(..., dim)`), cos and sin (broadcastable to `(..., dim / 2)`, float32).
     """
+    if serves_rotation(x, cos, sin):
+        return rotate(x, cos, sin)
     first, second = x.to(at_least_float32(x.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.flatten(-2).to(x.dtype)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
+from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, text_kimi_k26
 from kimi_k26.cache_kimi_k26 import layer_of, write_latents
 from kimi_k26.experts_kimi_k26 import Routing
 from kimi_k26.native_kimi_k26 import attention, dequantize, few_rows, library
 from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
-from kimi_k26.text_kimi_k26 import AttentionSpan
+from kimi_k26.text_kimi_k26 import AttentionSpan, rotate_pairs
 
 from .tiny_models import config_dict, fill
 
@@ -133,6 +133,26 @@ def test_few_rows(rows, outputs, inputs_):
     x, weight = torch.randn(rows, inputs_).bfloat16(), torch.randn(outputs, inputs_).bfloat16()
     want = x.float() @ weight.float().T
     torch.testing.assert_close(few_rows(x, weight).float(), want, rtol=0.01, atol=0.01 * inputs_**0.5)
+
+
+@pytest.mark.parametrize("shape", [(1, 50, 16, 64), (2, 7, 3, 6), (5, 4, 72), (1, 1, 1, 64), (2, 3, 1, 34)])
+def test_turning_pairs_gives_the_same_bits(shape, monkeypatch):
+    """Of a part of longer rows, as a query's rotary part is; and of what lies otherwise, which the plain path turns."""
+    torch.manual_seed(sum(shape))
+    held = torch.randn(*shape[:-1], shape[-1] + 32, dtype=torch.bfloat16)
+    angles = torch.rand(*shape[:-2], 1, shape[-1] // 2) * 6
+    own, calls = text_kimi_k26.rotate, []
+    monkeypatch.setattr(text_kimi_k26, "rotate", lambda *given: calls.append(1) or own(*given))
+    for x in (held[..., 32:], held[..., :-32].transpose(0, -3).contiguous().transpose(0, -3)):
+        cos, sin = angles.cos(), angles.sin()
+        expected = rotate_pairs(x, cos, sin)  # with gradients on: plainly
+        assert not calls
+        with torch.no_grad():
+            assert torch.equal(rotate_pairs(x, cos, sin), expected)
+            calls.clear()
+    with torch.no_grad():
+        rotate_pairs(held[..., 32:], cos, sin)
+    assert calls
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
