@@ -124,7 +124,9 @@ def copying() -> float:
 
 
 def picture(processor, size: tuple[int, int], rounds: int, threads: int, copied: float) -> list[dict]:
-    """Rows of one size of pictures; the limit is Pillow's scaling on all threads, and the patches written once."""
+    """Rows of one size of pictures; the limit is the scaling on all threads, and the patches written once."""
+    from kimi_k26.scaling_kimi_k26 import scaled_strips
+
     pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
     config, what = processor.media_config(), f"picture {size[0]:,} × {size[1]:,}"
@@ -136,8 +138,8 @@ def picture(processor, size: tuple[int, int], rounds: int, threads: int, copied:
         "numpy": lambda: published(image, config, target),
         "numpy-float32": lambda: published(image, config, target, np.float32),
     }
-    scaled = (target.width, target.height)
-    scaling = 0 if scaled == size else best(lambda: image.resize(scaled, Image.Resampling.BICUBIC))
+    pixels, strips = np.asarray(image), [(0, target.width)]
+    scaling = best(lambda: scaled_strips(pixels, strips, target.height))
     limit = scaling / threads + given.nbytes / copied
     return [row | {"limit": limit, "scaling": scaling} for row in measure(what, calls, rounds)]
 
@@ -145,6 +147,7 @@ def picture(processor, size: tuple[int, int], rounds: int, threads: int, copied:
 def video(processor, path: Path, rounds: int, threads: int, copied: float) -> list[dict]:
     """Rows of a video; the limit is the least decoding, and of each frame its scaling on all threads and its patches."""
     from kimi_k26.media_kimi_k26 import read_video
+    from kimi_k26.scaling_kimi_k26 import scaled_strips
 
     config, given = processor.media_config(), processor.encode_video(path)
     opened = read_video(path, config.choose)
@@ -160,7 +163,7 @@ def video(processor, path: Path, rounds: int, threads: int, copied: float) -> li
                 same(given.pixel_values[number * area : (number + 1) * area], expected, f"frame {indices[number]}")
         if number + 1 != count:
             raise SystemExit(f"{decode.__name__}: {number + 1} of {count} frames: nothing is measured")
-    written, image = given.pixel_values.nbytes, Image.fromarray(frame)
+    written, strips = given.pixel_values.nbytes, [(0, target.width)]
     del given, expected
     calls = {
         OURS: lambda: processor.encode_video(path),
@@ -170,8 +173,7 @@ def video(processor, path: Path, rounds: int, threads: int, copied: float) -> li
     what = f"video, {opened.total_frames / opened.fps:.3g} s of {opened.width:,} × {opened.height:,}, {count} frames of it"
     rows = measure(what, calls, rounds)
     least = next(row["median"] for row in rows if row["engine"] == "pyav-spare")
-    scaled = (target.width, target.height)
-    scaling = 0 if scaled == image.size else best(lambda: image.resize(scaled, Image.Resampling.BICUBIC))
+    scaling = best(lambda: scaled_strips(frame, strips, target.height))
     limit = least + count * scaling / threads + written / copied
     return [row | {"limit": limit, "scaling": count * scaling} for row in rows]
 
