@@ -15,6 +15,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+i64, address = ctypes.c_int64, ctypes.c_void_p  # as the sources take numbers and memory
+
 
 def _processor_features() -> set[str]:
     """What `/proc/cpuinfo` says the processor has; empty where there is no such file."""
@@ -50,10 +52,10 @@ def compiled(
 
 
 def _compile(compiler: str, source: str, target: Path, parallel: bool):
-    """Write the library, whole or not at all. Its threads are PyTorch's own, whose OpenMP is in the process already."""
+    """Write the library, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     flags, link = ["-O3", "-std=c++17", "-march=native", "-fPIC", "-w"], []
-    if parallel:
+    if parallel:  # its threads are PyTorch's own, whose OpenMP is in the process already
         process = ctypes.CDLL(None)
         shared = all(hasattr(process, name) for name in ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num"))
         flags.append("-fopenmp")

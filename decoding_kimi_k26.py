@@ -377,20 +377,27 @@ def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return product(x.flatten(0, 1).contiguous(), linear.weight).unflatten(0, x.shape[:2])
 
 
+def serves(x: torch.Tensor) -> bool:
+    """Whether a native kernel can take `x` at all: bfloat16 on the CPU, without gradients."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
 def serves_attention(attention: nn.Module, query: torch.Tensor, span) -> bool:
     """Whether the native kernel can answer these queries over expanded keys: bfloat16 on the CPU, without gradients,
     each query seeing all up to itself but padding."""
     return (
-        query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
+        serves(query)
         and query.stride(-1) == 1
         and span.first is not None
         and span.given is None
         and span.documents is None
         and not (attention.training and attention.config.attention_dropout)
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and library() is not None
     )
 
 
@@ -399,12 +406,10 @@ def serves_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         type(x) is torch.Tensor
         and type(weight) is nn.Parameter
-        and x.dtype == weight.dtype == torch.bfloat16
-        and x.device.type == weight.device.type == "cpu"
+        and serves(x)
+        and weight.dtype == x.dtype
+        and weight.device == x.device
         and x.is_contiguous()
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and library() is not None
     )
 
 
@@ -412,8 +417,7 @@ def serves_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bo
     """Whether the native kernel can turn the pairs of `x`: bfloat16 on the CPU, without gradients, its rows evenly apart."""
     return (
         type(x) is torch.Tensor
-        and x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
+        and serves(x)
         and x.dim() >= 3
         and x.numel() > 0
         and x.stride(-1) == 1
@@ -422,7 +426,4 @@ def serves_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bo
         and cos.dtype == sin.dtype == torch.float32
         and cos.is_contiguous()
         and sin.is_contiguous()
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and library() is not None
     )

@@ -20,9 +20,11 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .compiling_kimi_k26 import compiled  # noqa: F401
 from .media_kimi_k26 import MediaError, MediaLimits, is_array, load_image, read_video
-from .scaling_kimi_k26 import Picture, scaled_strips
+from .scaling_kimi_k26 import Picture, cut, scaled_strips
+
+# Not used here: see the same lines in `processing_kimi_k26`.
+from .compiling_kimi_k26 import compiled  # noqa: F401
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------
@@ -102,13 +104,6 @@ def write_patches(
 def new_patches(count: int, patch: int) -> torch.Tensor:
     """Room for `count` patches, float32. NumPy asks for large pages: PyTorch's memory takes longer to come than to fill."""
     return torch.from_numpy(np.empty((count, 3, patch, patch), np.float32))
-
-
-def cut(count: int, parts: int) -> list[tuple[int, int]]:
-    """0..count as at most `parts` runs of nearly one length: where each begins and ends."""
-    parts = min(parts, count)
-    edges = [count * part // parts for part in range(parts + 1)]
-    return list(zip(edges, edges[1:]))
 
 
 def fill_patches(pixels: np.ndarray, ordered: np.ndarray, mean: list[float], std: list[float]) -> None:

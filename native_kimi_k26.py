@@ -13,7 +13,7 @@ import functools
 import torch
 
 from .attention_kernels_kimi_k26 import ATTENTION
-from .compiling_kimi_k26 import compiled
+from .compiling_kimi_k26 import address, compiled, i64
 from .expert_kernels_kimi_k26 import EXPERTS
 from .kernels_kimi_k26 import COMMON
 
@@ -22,8 +22,6 @@ SOURCE = COMMON + ATTENTION + EXPERTS
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}  # as /proc/cpuinfo has them
 INPUTS = 32  # all products run over multiples of so many inputs
 MOST_ROWS = 32  # that are few: above, unpacking weights for many rows and the matrix products of PyTorch are faster
-
-i64, address = ctypes.c_int64, ctypes.c_void_p
 
 
 def fields(kind, names: str) -> list:

@@ -14,7 +14,7 @@ from typing import Union
 import numpy as np
 from PIL import Image
 
-from .compiling_kimi_k26 import compiled
+from .compiling_kimi_k26 import address, compiled, i64
 
 
 Picture = Union[Image.Image, np.ndarray]  # in mode RGB; or uint8 (height, width, 3), every row contiguous
@@ -40,15 +40,16 @@ struct Taps {
     i64 most;
 };
 
-static inline bytes load(const u8* at, i64 left) {
-    bytes value = {};
-    memcpy(&value, at, left < 16 ? left : 16);
-    return value;
-}
-
 static inline bytes load(const u8* at) {
     bytes value;
     memcpy(&value, at, 16);
+    return value;
+}
+
+static inline bytes load(const u8* at, i64 left) {  // no more than are left
+    if (left >= 16) return load(at);
+    bytes value = {};
+    memcpy(&value, at, left);
     return value;
 }
 
@@ -90,7 +91,7 @@ extern "C" int kimi_scale_rows(const u8* in, i64 in_row, i64 rows, i64 width, u8
         for (i64 at = 0; at < wide_in; at += 16) {
             for (i64 row = 0; row < 16; row++) {
                 const u8* from = in + (start + (row < some ? row : some - 1)) * in_row + at;
-                block[row] = at + 16 <= wide_in ? load(from) : load(from, wide_in - at);
+                block[row] = load(from, wide_in - at);
             }
             turn(block);
             memcpy(turned + 16 * at, block, sizeof block);
@@ -146,9 +147,6 @@ extern "C" void kimi_scale_columns(const u8* in, i64 in_row, i64 width, u8* out,
 }
 """
 
-i64, address = ctypes.c_int64, ctypes.c_void_p
-
-
 class Taps(ctypes.Structure):
     """`Taps` of the source."""
 
@@ -162,8 +160,8 @@ def library():
 
 
 @functools.lru_cache(maxsize=64)
-def weights(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `new_size` pixels made from `size`: the first under the filter, how many, and their weights; int32.
+def taps(size: int, new_size: int) -> Taps:
+    """For each of `new_size` pixels made from `size`: the first under the filter, how many, and their weights.
 
     Pillow's formula (bicubic with a = -1/2, as wide as the scale) in its order of operations: all bits are to agree.
     """
@@ -180,7 +178,17 @@ def weights(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     far = (((x - 5) * x + 8) * x - 4) * -0.5
     weight = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0)) * (tap < count[:, None])
     weight /= np.add.accumulate(weight, axis=1)[:, -1:]  # one after the other, as Pillow adds
-    return first, count, (weight * 2**22 + np.where(weight < 0, -0.5, 0.5)).astype(np.int32)
+    fixed = (weight * 2**22 + np.where(weight < 0, -0.5, 0.5)).astype(np.int32)
+    found = Taps(*(array.ctypes.data for array in (first, count, fixed)), most)
+    found.arrays = first, count, fixed  # which stay as long as their addresses are known
+    return found
+
+
+def cut(count: int, parts: int) -> list[tuple[int, int]]:
+    """0..count as at most `parts` runs of nearly one length: where each begins and ends."""
+    parts = min(parts, count)
+    edges = [count * part // parts for part in range(parts + 1)]
+    return list(zip(edges, edges[1:]))
 
 
 def size_of(picture: Picture) -> tuple[int, int]:
@@ -216,24 +224,21 @@ def scaled_strips(picture: Picture, edges: list[tuple[int, int]], height: int, r
         scale_columns(middle[:, slice(*edge)], strip)
         return strip
 
-    list(run(along_rows, [(old_height * k // len(edges), old_height * (k + 1) // len(edges)) for k in range(len(edges))]))
+    list(run(along_rows, cut(old_height, len(edges))))
     return list(run(along_columns, edges))
 
 
 def scale_rows(pixels: np.ndarray, out: np.ndarray) -> None:
     """uint8 (height, width, 3), each row contiguous -> `out` (height, new width, 3), contiguous."""
     (height, width), new_width = pixels.shape[:2], out.shape[1]
-    first, count, weight = weights(width, new_width)
-    taps = Taps(*(array.ctypes.data for array in (first, count, weight)), weight.shape[1])
     given = address(pixels.ctypes.data), *map(i64, (pixels.strides[0], height, width))
-    if library().kimi_scale_rows(*given, address(out.ctypes.data), i64(new_width), taps):
+    if library().kimi_scale_rows(*given, address(out.ctypes.data), i64(new_width), taps(width, new_width)):
         raise MemoryError(f"no memory to scale a picture of {width}x{height} pixels")
 
 
 def scale_columns(pixels: np.ndarray, out: np.ndarray) -> None:
     """uint8 (height, width, 3), each row contiguous -> `out` (new height, width, 3), each row contiguous."""
     (height, width), new_height = pixels.shape[:2], out.shape[0]
-    first, count, weight = weights(height, new_height)
-    taps = Taps(*(array.ctypes.data for array in (first, count, weight)), weight.shape[1])
     given = address(pixels.ctypes.data), i64(pixels.strides[0]), i64(3 * width)
-    library().kimi_scale_columns(*given, address(out.ctypes.data), i64(out.strides[0]), i64(new_height), taps)
+    made = address(out.ctypes.data), i64(out.strides[0]), i64(new_height)
+    library().kimi_scale_columns(*given, *made, taps(height, new_height))

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -88,7 +89,7 @@ def test_tool_talk_is_what_the_processor_gives_after_the_result(ranks, folder):
 
 
 def test_the_training_forward_pass_is_the_models_own(model, ranks, folder):
-    """Stacked experts, grouped clips and float32 attention against the published class, row by row."""
+    """Stacked experts, grouped clips and attention in blocks against the published class, row by row."""
     plain = export.plain_model(state_of(model), len(ranks), quantized=False).float()
     trained = model.float()
     (batch,) = batches.make_batches(vocabulary.encoding(ranks), 0, 0, 0, 1, rows=10, parts=1)
@@ -137,6 +138,61 @@ def test_a_batch_depends_on_seed_and_step_alone(ranks):
             assert torch.equal(first.clips[grid][0], again.clips[grid][0])
     other = batches.make_batches(encoding, 3, 8, 1, 2, rows=4, parts=1)[0]
     assert first.ids.shape != other.ids.shape or not torch.equal(first.ids, other.ids)
+
+
+@pytest.mark.parametrize("parts, world", [(1, 1), (2, 2), (3, 2)])
+def test_processes_share_all_dialogues_of_a_step(parts, world, ranks):
+    encoding = vocabulary.encoding(ranks)
+    shares = [batches.make_batches(encoding, 5, 2, rank, world, rows=12, parts=parts) for rank in range(world)]
+    assert all(shares) and sum(len(share) for share in shares) == parts * world
+    (whole,) = batches.make_batches(encoding, 5, 2, 0, 1, rows=12 * world, parts=1)
+
+    def dialogues_in(batch):
+        return [tuple(row[row != len(ranks) + 255].tolist()) for row in batch.ids]
+
+    assert sorted(row for share in shares for batch in share for row in dialogues_in(batch)) == sorted(dialogues_in(whole))
+
+
+def test_batches_are_cut_for_the_least_padding():
+    rng = Random(0)
+    for parts, count, step in ((1, 5, 1), (3, 9, 1), (3, 24, batches.ROWS_STEP), (9, 9, 1)):
+        lengths = sorted(16 * rng.randint(1, 20) for _ in range(count))
+        cuts = batches.best_cuts(lengths, parts)
+        assert [a for a, _ in cuts] == [0, *(b for _, b in cuts[:-1])] and cuts[-1][1] == count and len(cuts) == parts
+        ways = ((0, *inside, count) for inside in combinations(range(step, count, step), parts - 1))
+        least = min(sum((b - a) * lengths[b - 1] for a, b in zip(way, way[1:])) for way in ways)
+        assert sum((b - a) * lengths[b - 1] for a, b in cuts) == least
+    assert batches.best_cuts([16, 32], 5) == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("length", [1, 7, learning.QUERY_BLOCK, 2 * learning.QUERY_BLOCK + 9])
+def test_attention_and_its_gradient_are_pytorchs(length):
+    torch.manual_seed(length)
+    given = [torch.randn(3, length, width, dtype=torch.float64, requires_grad=True) for width in (12, 12, 8)]
+    weight = torch.randn(3, length, 8, dtype=torch.float64)
+    results = []
+    for attend in (
+        lambda *parts: learning.CausalAttention.apply(*parts, 0.3),
+        lambda *parts: torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, scale=0.3),
+    ):
+        out = attend(*given)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), given)))
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_processes_find_together_the_directions_of_one(model, monkeypatch):
+    torch.manual_seed(0)
+    alone, one, two = (learning.Optimizer(model, 0.02, 0.004, 0.02) for _ in range(3))
+    gradients = {name: torch.randn_like(master) for name, master in alone.master.items()}
+    expected = alone.directions(gradients, 0, 1)
+    sent = []
+    monkeypatch.setattr(learning.dist, "all_reduce", lambda flat: sent.append(flat.clone()))
+    two.directions(gradients, 1, 2)
+    assert sent[0].any() and not sent[0].all()
+    monkeypatch.setattr(learning.dist, "all_reduce", lambda flat: flat.add_(sent[0]))
+    found = one.directions(gradients, 0, 2)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize(

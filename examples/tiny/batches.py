@@ -1,5 +1,7 @@
-"""Dialogues as tensors. The batches of a step are a function of (seed, step, rank, world)
-alone, so a resumed run sees the same data."""
+"""Dialogues as tensors.
+
+The batches of a step are a function of (seed, step, rank, world) alone, so a resumed run sees the same data.
+"""
 
 import math
 from dataclasses import dataclass
@@ -125,13 +127,18 @@ def make_batches(
     coded = [(case, *encode(encoding, case)) for case in (draw_case(rng, mix) for _ in range(rows * world))]
     coded.sort(key=lambda item: len(item[1]))
     lengths = [padded(len(ids)) for _, ids, _ in coded]
-    shares, loads = [[] for _ in range(world)], [0.0] * world
-    batches = [(work_of(coded[a:b], lengths[b - 1]), a, b) for a, b in best_cuts(lengths, parts * world)]
-    for work, a, b in sorted(batches, reverse=True):  # the longest first, each to who has least
-        least = loads.index(min(loads))
-        loads[least] += work
-        shares[least].append(coded[a:b])
-    return [collate(part, encoding) for part in shares[rank]]
+    cuts = best_cuts(lengths, parts * world)
+    owners = shared_out([work_of(coded[a:b], lengths[b - 1]) for a, b in cuts], world)
+    return [collate(coded[a:b], encoding) for (a, b), owner in zip(cuts, owners) if owner == rank]
+
+
+def shared_out(works: list[float], world: int) -> list[int]:
+    """Which of `world` processes does each of these: the longest come first, and go to the one that has least so far."""
+    loads, owners = [0.0] * world, [0] * len(works)
+    for at in sorted(range(len(works)), key=lambda at: -works[at]):
+        owners[at] = loads.index(min(loads))
+        loads[owners[at]] += works[at]
+    return owners
 
 
 def padded(length: int) -> int:

@@ -13,7 +13,7 @@ from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
 from kimi_k26.text_kimi_k26 import rotate_pairs
 from kimi_k26.vision_kimi_k26 import rotary_2d
 
-from .batches import IGNORED, SIGHTS, Batch
+from .batches import IGNORED, SIGHTS, Batch, shared_out
 
 INT4_GROUP = 32
 BLOCK = 64  # rows: products are padded to whole blocks
@@ -27,7 +27,7 @@ def whole_blocks(count: int) -> int:
 class CausalAttention(torch.autograd.Function):
     """Causal attention with its gradient written out, `(batch * heads, length, dim)` each.
 
-    Scores are float32, probabilities bfloat16, and no query meets keys of later blocks: on a CPU this takes little more
+    Scores are at least float32, probabilities of the queries' dtype, and no query meets keys of later blocks: on a CPU this takes little more
     than half the time of PyTorch's fused attention in float32, which in bfloat16 is slower still.
     """
 
@@ -35,10 +35,11 @@ class CausalAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, scaling):
         ctx.save_for_backward(query, key, value)
         ctx.scaling, ctx.blocks, outs = scaling, [], []
+        dtype = torch.promote_types(query.dtype, torch.float32)
         for rows, keys in query_blocks(query.shape[1]):
-            block = query[:, rows]
-            unseen = torch.full((block.shape[1], keys), -torch.inf).triu_(rows.start + 1).expand(len(query), -1, -1)
-            scores = torch.baddbmm(unseen, block.float(), key[:, :keys].float().transpose(1, 2), alpha=scaling)
+            block, turned = query[:, rows].to(dtype), key[:, :keys].to(dtype).transpose(1, 2)
+            unseen = block.new_full((block.shape[1], keys), -torch.inf).triu_(rows.start + 1)
+            scores = torch.baddbmm(unseen.expand(len(query), -1, -1), block, turned, alpha=scaling)
             ctx.blocks.append(scores.softmax(-1).to(query.dtype))
             outs.append(ctx.blocks[-1] @ value[:, :keys])
         return torch.cat(outs, dim=1)
@@ -334,19 +335,17 @@ class Optimizer:
                 wide[name] = gradients[name].lerp(moment, 0.95).reshape(-1, rows, columns)
             if wide:
                 matrices = torch.cat(list(wide.values()))
-                groups.append((matrices.numel() * min(rows, columns), wide, matrices))
-        # The longest work first, each to the process that has least so far.
-        groups.sort(key=lambda group: -group[0])
-        loads, parts = [0] * world, []
-        for work, _, matrices in groups:
-            owner = loads.index(min(loads))
-            loads[owner] += work
-            parts.append(orthogonal(matrices) if owner == rank else torch.zeros_like(matrices, dtype=torch.bfloat16))
+                groups.append((wide, matrices))
+        owners = shared_out([matrices.numel() * min(matrices.shape[1:]) for _, matrices in groups], world)
+        parts = [
+            orthogonal(matrices) if owner == rank else torch.zeros_like(matrices, dtype=torch.bfloat16)
+            for (_, matrices), owner in zip(groups, owners)
+        ]
         flat = torch.cat([part.flatten() for part in parts])
         if world > 1:
             dist.all_reduce(flat)
         found = {}
-        for (_, wide, matrices), part in zip(groups, flat.float().split([part.numel() for part in parts])):
+        for (wide, matrices), part in zip(groups, flat.float().split([part.numel() for part in parts])):
             found |= zip(wide, part.view_as(matrices).split([len(one) for one in wide.values()]))
         return found
 
