@@ -17,49 +17,31 @@ struct Latents {  // what a cache holds of one layer: addresses, and strides in 
     i64 mask_row;
 };
 
-enum { KEYS = 64 };  // scored together: what is read of them stays in the nearer caches
-
-// Queries that read the same keys and values, one to a lane: the heads of one token over the latents, or the tokens of
-// one head over its expanded keys. A score has two parts, as queries and keys have: one that turns with the position, one
-// that does not. Queries are packed (see `lanes`), `groups` times sixteen of them.
+// Queries that read the same keys, one to a lane: the heads of one token over the latents, or the tokens of one head over its
+// expanded keys. A score has two parts, as queries and keys have: one that turns with the position, one that does not.
+// Queries are packed (see `lanes`), sixteen to a group.
 struct Part { const uint32_t* query; const bf16* key; i64 key_row, size; };
 struct Reading {
     Part parts[2];
-    const bf16* value; i64 value_row, value_size;
-    const uint32_t* pairs;  // null, or the values of every two keys interleaved already
     const int32_t* limits;  // null, or how many keys each query may see
     const uint8_t* mask;    // null, or for each key 0 for padding
     float scale;
 };
-struct Sums {  // of each query: the largest score, the sum, the weighted values (value_size to a multiple of 16, lanes)
+struct Sums {  // of each query: the largest score, the sum, the weighted values as whoever adds them up has them in order
     float *best, *total, *read;
-    float* scores; uint32_t *weights, *pairs;  // (KEYS, lanes), (KEYS / 2, lanes), (KEYS / 2, pair_row): within a block
-    static i64 columns(i64 value_size) { return (value_size + LANES - 1) / LANES * LANES; }
-    // One line more than there are columns: rows whose distance is a power of two would meet in few places of a cache.
-    static i64 pair_row(i64 value_size) { return columns(value_size) + LANES; }
-    void layout(i64 groups, i64 value_size) {
-        const i64 wide = groups * LANES;
-        best = arena.take<float>(wide); total = arena.take<float>(wide); read = arena.take<float>(columns(value_size) * wide);
-        scores = arena.take<float>(KEYS * wide); weights = arena.take<uint32_t>(KEYS / 2 * wide);
-        pairs = arena.take<uint32_t>(KEYS / 2 * pair_row(value_size));
+    float* scores; uint32_t* weights;  // (keys, queries), (keys / 2, queries): within a block
+    i64 read_size;
+    void layout(i64 queries, i64 columns, i64 keys) {
+        read_size = columns * queries;
+        best = arena.take<float>(queries); total = arena.take<float>(queries); read = arena.take<float>(read_size);
+        scores = arena.take<float>(keys * queries); weights = arena.take<uint32_t>(keys / 2 * queries);
     }
 };
 
-// Words (one[c], two[c]) of two rows, in order of the columns; a missing second row is zero.
-static inline void interleave(const bf16* one, const bf16* two, i64 size, uint32_t* to) {
-    alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
-                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    for (i64 c = 0; c < size; c += 32) {
-        const __m512i a = (__m512i)load32(one + c, first32(size - c)), b = two ? (__m512i)load32(two + c, first32(size - c)) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(a, first, b));
-        if (c + 16 < size) _mm512_storeu_si512(to + c + 16, _mm512_permutex2var_epi16(a, second, b));
-    }
-}
-
-template <int G> static void attend(const Reading& a, i64 begin, i64 end, const Sums& s) {
+// The sums of `G` groups of queries over the keys from `begin` to `end`, `KEYS` at a time: what is read of them stays in the
+// nearer caches. `add(first, keys, shrink)` adds the values of the keys from `first` on, weighted, to sums that shrink before.
+template <int G, int KEYS, class F> static void attend(const Reading& a, i64 begin, i64 end, const Sums& s, F add) {
     constexpr int N = G == 1 ? 16 : 8;
-    const i64 columns = Sums::columns(a.value_size), pair_row = Sums::pair_row(a.value_size);
     const __m512 never = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a.scale);
     __m512 best[G], total[G];
     __m512i limit[G];
@@ -71,9 +53,9 @@ template <int G> static void attend(const Reading& a, i64 begin, i64 end, const 
             unlimited = std::min<i64>(unlimited, _mm512_reduce_min_epi32(limit[g]));
         }
     }
-    memset(s.read, 0, columns * G * LANES * sizeof(float));
+    memset(s.read, 0, s.read_size * sizeof(float));
     for (i64 block = begin; block < end; block += KEYS) {
-        const i64 keys = end - block < KEYS ? end - block : KEYS, pairs = (keys + 1) / 2;
+        const i64 keys = std::min<i64>(end - block, KEYS);
         i64 k = 0;
         for (; k + N <= keys; k += N) {
             __m512 sum[N][G];
@@ -109,7 +91,7 @@ template <int G> static void attend(const Reading& a, i64 begin, i64 end, const 
             shrink[g] = exp16(_mm512_sub_ps(best[g], from));
             best[g] = top;
             __m512 sum = _mm512_mul_ps(total[g], shrink[g]);
-            for (i64 p = 0; p < pairs; p++) {
+            for (i64 p = 0; p < (keys + 1) / 2; p++) {
                 const __m512 one = exp16(_mm512_sub_ps(_mm512_loadu_ps(score + 2 * p * G * LANES), from));
                 const __m512 two = exp16(_mm512_sub_ps(_mm512_loadu_ps(score + (2 * p + 1) * G * LANES), from));
                 sum = _mm512_add_ps(sum, _mm512_add_ps(one, two));
@@ -117,21 +99,21 @@ template <int G> static void attend(const Reading& a, i64 begin, i64 end, const 
             }
             total[g] = sum;
         }
-        const uint32_t* values = a.pairs ? a.pairs + block / 2 * pair_row : s.pairs;
-        for (i64 p = 0; p < pairs && !a.pairs; p++) {
-            const bf16* value = a.value + (block + 2 * p) * a.value_row;
-            interleave(value, 2 * p + 1 < keys ? value + a.value_row : nullptr, a.value_size, s.pairs + p * pair_row);
-        }
-        for (i64 column = 0; column < columns; column += N) {
-            __m512 sum[N][G];
-            float* read = s.read + column * G * LANES;
-            for (int n = 0; n < N; n++)
-                for (int g = 0; g < G; g++) sum[n][g] = _mm512_mul_ps(_mm512_loadu_ps(read + (n * G + g) * LANES), shrink[g]);
-            lanes<G, N>(s.weights, values + column, 1, pair_row, pairs, sum);
-            for (int n = 0; n < N; n++) for (int g = 0; g < G; g++) _mm512_storeu_ps(read + (n * G + g) * LANES, sum[n][g]);
-        }
+        add(block, keys, shrink);
     }
     for (int g = 0; g < G; g++) { _mm512_storeu_ps(s.best + g * LANES, best[g]); _mm512_storeu_ps(s.total + g * LANES, total[g]); }
+}
+
+// Words (one[c], two[c]) of two rows, in order of the columns; a missing second row is zero.
+static inline void interleave(const bf16* one, const bf16* two, i64 size, uint32_t* to) {
+    alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (i64 c = 0; c < size; c += 32) {
+        const __m512i a = (__m512i)load32(one + c, first32(size - c)), b = two ? (__m512i)load32(two + c, first32(size - c)) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(a, first, b));
+        if (c + 16 < size) _mm512_storeu_si512(to + c + 16, _mm512_permutex2var_epi16(a, second, b));
+    }
 }
 
 struct Expanded {  // addresses, and strides in elements along (batch, token, head)
@@ -150,7 +132,9 @@ enum { QUERIES = 32, HELD = 1 << 24 };  // queries of one head that read togethe
 // each key with its rotary part, values in pairs, those of one head side by side.
 extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
     const Expanded& e = *given;
-    const i64 size = e.nope + e.rope, pair_row = Sums::pair_row(e.v), pairs = (e.keys + 1) / 2, heads = e.batch * e.heads;
+    constexpr int G = QUERIES / LANES, N = 8, KEYS = 64;
+    const i64 size = e.nope + e.rope, pairs = (e.keys + 1) / 2, heads = e.batch * e.heads, columns = (e.v + LANES - 1) / LANES * LANES;
+    const i64 pair_row = columns + LANES;  // a line more: rows whose distance is a power of two would meet in few places of a cache
     const i64 some_heads = std::clamp<i64>(HELD / (e.keys * (size + pair_row) * sizeof(bf16)), 1, heads);
     Sums sums[MAX_THREADS];
     uint32_t *queries[MAX_THREADS], *values;
@@ -159,7 +143,7 @@ extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
         keys = arena.take<bf16>(some_heads * e.keys * size);
         values = arena.take<uint32_t>(some_heads * pairs * pair_row);
         for (i64 t = 0; t < threads; t++) {
-            sums[t].layout(QUERIES / LANES, e.v);
+            sums[t].layout(QUERIES, columns, KEYS);
             queries[t] = arena.take<uint32_t>(QUERIES * size / 2);
         }
     });
@@ -194,16 +178,27 @@ extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
                 still[i] = e.query + at(e.query_at, token);
                 turning[i] = e.turned + at(e.turned_at, token);
             }
-            for (int g = 0; g < QUERIES / LANES; g++) {
+            for (int g = 0; g < G; g++) {
                 pack(still + g * LANES, LANES, e.nope / 2, queries[me] + g * LANES, QUERIES);
                 pack(turning + g * LANES, LANES, e.rope / 2, queries[me] + e.nope / 2 * QUERIES + g * LANES, QUERIES);
             }
-            const Reading reading = {{{queries[me], keys + n * e.keys * size, size, size}, {}}, nullptr, 0, e.v,
-                                     values + n * pairs * pair_row, limits, e.mask ? e.mask + b * e.mask_row : nullptr, e.scale};
-            attend<QUERIES / LANES>(reading, 0, limits[some - 1] < e.keys ? limits[some - 1] : e.keys, s);
+            const Reading reading = {{{queries[me], keys + n * e.keys * size, size, size}, {}}, limits,
+                                     e.mask ? e.mask + b * e.mask_row : nullptr, e.scale};
+            const uint32_t* mine = values + n * pairs * pair_row;
+            attend<G, KEYS>(reading, 0, std::min<i64>(limits[some - 1], e.keys), s, [&](i64 first, i64 count, const __m512 (&shrink)[G]) {
+                for (i64 column = 0; column < columns; column += N) {
+                    __m512 sum[N][G];
+                    float* read = s.read + column * QUERIES;
+                    for (int i = 0; i < N; i++)
+                        for (int g = 0; g < G; g++) sum[i][g] = _mm512_mul_ps(_mm512_loadu_ps(read + (i * G + g) * LANES), shrink[g]);
+                    lanes<G, N>(s.weights, mine + first / 2 * pair_row + column, 1, pair_row, (count + 1) / 2, sum);
+                    for (int i = 0; i < N; i++)
+                        for (int g = 0; g < G; g++) _mm512_storeu_ps(read + (i * G + g) * LANES, sum[i][g]);
+                }
+            });
             for (i64 d = 0; d < e.v; d += LANES) {
                 const __mmask16 there = e.v - d >= LANES ? 0xffff : (1 << (e.v - d)) - 1;
-                for (int g = 0; g < QUERIES / LANES; g++) {
+                for (int g = 0; g < G; g++) {
                     const __m512 sum = _mm512_loadu_ps(s.total + g * LANES);
                     const __m512 factor = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_ps(1), sum);
                     __m512 column[LANES], row[LANES];
@@ -218,6 +213,25 @@ extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
     }
 }
 
+// read[h] = shrink[h] * read[h] + the sum of weights[k][h] * value[k] for sixteen heads and some keys: values are read as they lie,
+// two keys' interleaved on the way, so columns come in the order that `store_columns` undoes.
+static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, __m512 shrink, float* read) {
+    alignas(64) float less[LANES];
+    _mm512_store_ps(less, shrink);
+    for (i64 column = 0; column < columns; column += 16) {  // of two sixteens that lie together first the lower halves, then the upper
+        __m512 sum[LANES];
+        for (int h = 0; h < LANES; h++) sum[h] = _mm512_mul_ps(_mm512_loadu_ps(read + h * columns + column), _mm512_set1_ps(less[h]));
+        const bf16* at = value + column / 32 * 32;
+        for (i64 k = 0; k < keys; k += 2, at += 2 * row) {
+            const __m512i one = (__m512i)load32(at), two = (__m512i)load32(k + 1 < keys ? at + row : at);  // or its weight is zero
+            const __m512bh both = (__m512bh)(column % 32 ? _mm512_unpackhi_epi16(one, two) : _mm512_unpacklo_epi16(one, two));
+            for (int h = 0; h < LANES; h++)
+                sum[h] = _mm512_dpbf16_ps(sum[h], both, (__m512bh)_mm512_set1_epi32(weights[k / 2 * LANES + h]));
+        }
+        for (int h = 0; h < LANES; h++) _mm512_storeu_ps(read + h * columns + column, sum[h]);
+    }
+}
+
 // out = x + attention(norm(x)): one new token for each row, whose latent and rotary key are written into the cache.
 extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64 rows, const bf16* x, const float* cos,
                                const float* sin, bf16* out, i64 threads) {
@@ -226,6 +240,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
     const i64 head = a.nope + a.rope, keys = c.past + 1;
     // Each row's keys are cut into as many pieces as there are threads, however many rows there are: a row's sums are
     // then the same to the last bit in any company.
+    constexpr int KEYS = 128;
     const i64 pieces = threads;
     const i64 groups = (a.heads + LANES - 1) / LANES;  // of heads, one to a lane
     bf16 *normed, *query_a, *key_value, *query, *absorbed, *turned, *read16, *value;
@@ -244,7 +259,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         packed_turned = arena.take<uint32_t>(rows * groups * LANES * a.rope / 2);
         read16 = arena.take<bf16>(rows * a.heads * a.rank);
         value = arena.take<bf16>(rows * a.heads * a.v);
-        for (Sums& one : sums) one.layout(1, a.rank);
+        for (Sums& one : sums) one.layout(LANES, a.rank, KEYS);
     });
     #pragma omp parallel num_threads(threads)
     {
@@ -279,13 +294,9 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
                 const uint32_t* q = (const uint32_t*)(query + at * head);  // two neighbours: a pair
                 weigh(a.kv_b + s.begin * (a.nope + a.v) * a.rank, a.rank, a.nope / 2, q, a.heads * head / 2, some, sum);
                 for (i64 i = 0; i < some; i++)
-                    for (i64 column = 0; column < a.rank; column += 32) {
-                        __m512 one, two;
-                        columns_of(sum + i * a.rank + column, one, two);
-                        bf16* to = absorbed + (at + i * a.heads) * a.rank + column;
-                        _mm256_storeu_si256((__m256i*)to, narrow16(one));
-                        _mm256_storeu_si256((__m256i*)(to + 16), narrow16(two));
-                    }
+                    for (i64 column = 0; column < a.rank; column += 32)
+                        store_columns(_mm512_loadu_ps(sum + i * a.rank + column), _mm512_loadu_ps(sum + i * a.rank + column + 16),
+                                      absorbed + (at + i * a.heads) * a.rank + column);
             }
         for (Share s(rows * a.heads); s.begin < s.end; s.begin++) {
             const i64 r = s.begin / a.heads;
@@ -309,31 +320,35 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
             const Reading reading = {
                 {{packed + at * LANES * a.rank / 2, latent, c.latent_key, a.rank},
                  {packed_turned + at * LANES * a.rope / 2, c.rotary + r * c.rotary_row, c.rotary_key, a.rope}},
-                latent, c.latent_key, a.rank, nullptr, nullptr, c.mask ? c.mask + r * c.mask_row : nullptr, a.scale};
-            attend<1>(reading, keys * piece / pieces, keys * (piece + 1) / pieces, sums[s.begin]);
+                nullptr, c.mask ? c.mask + r * c.mask_row : nullptr, a.scale};
+            const Sums& mine = sums[s.begin];
+            attend<1, KEYS>(reading, keys * piece / pieces, keys * (piece + 1) / pieces, mine, [&](i64 first, i64 count, const __m512 (&shrink)[1]) {
+                add_rows(latent + first * c.latent_key, c.latent_key, a.rank, mine.weights, count, shrink[0], mine.read);
+            });
         }
         #pragma omp barrier
-        // The pieces become one, sixteen columns at a time; then the expansion of values, rank → v for each head.
-        for (Share s(rows * groups * (a.rank / LANES)); s.begin < s.end; s.begin++) {
-            const i64 at = s.begin / (a.rank / LANES), column = s.begin % (a.rank / LANES) * LANES;
-            const Sums* mine = sums.data() + at * pieces;
+        // The pieces become one; then the expansion of values, rank → v for each head.
+        for (Share s(rows * groups); s.begin < s.end; s.begin++) {
+            const Sums* mine = sums.data() + s.begin * pieces;
             const __m512 never = _mm512_set1_ps(-INFINITY);
-            __m512 top = never, sum = _mm512_setzero_ps(), all[LANES], row[LANES];
+            __m512 top = never, sum = _mm512_setzero_ps();
             for (i64 p = 0; p < pieces; p++) top = _mm512_max_ps(top, _mm512_loadu_ps(mine[p].best));
             top = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps());
-            for (int i = 0; i < LANES; i++) all[i] = _mm512_setzero_ps();
-            for (i64 p = 0; p < pieces; p++) {
-                const __m512 factor = exp16(_mm512_sub_ps(_mm512_loadu_ps(mine[p].best), top));
-                sum = _mm512_fmadd_ps(factor, _mm512_loadu_ps(mine[p].total), sum);
-                for (int i = 0; i < LANES; i++)
-                    all[i] = _mm512_fmadd_ps(_mm512_loadu_ps(mine[p].read + (column + i) * LANES), factor, all[i]);
-            }
-            const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1), _mm512_max_ps(sum, _mm512_set1_ps(1e-30f)));
-            for (int i = 0; i < LANES; i++) all[i] = _mm512_mul_ps(all[i], factor);
-            rows_of(all, 1, row);
-            const i64 r = at / groups, first = at % groups * LANES;
+            const auto weight = [&](i64 p) { return exp16(_mm512_sub_ps(_mm512_loadu_ps(mine[p].best), top)); };
+            for (i64 p = 0; p < pieces; p++) sum = _mm512_fmadd_ps(weight(p), _mm512_loadu_ps(mine[p].total), sum);
+            for (i64 p = 0; p < pieces; p++)
+                _mm512_storeu_ps(mine[p].total, _mm512_div_ps(weight(p), _mm512_max_ps(sum, _mm512_set1_ps(1e-30f))));
+            const i64 r = s.begin / groups, first = s.begin % groups * LANES;
             for (i64 i = 0; i < std::min<i64>(LANES, a.heads - first); i++)
-                _mm256_storeu_si256((__m256i*)(read16 + (r * a.heads + first + i) * a.rank + column), narrow16(row[i]));
+                for (i64 column = 0; column < a.rank; column += 32) {
+                    __m512 low = _mm512_setzero_ps(), high = low;
+                    for (i64 p = 0; p < pieces; p++) {
+                        const __m512 factor = _mm512_set1_ps(mine[p].total[i]);
+                        low = _mm512_fmadd_ps(_mm512_loadu_ps(mine[p].read + i * a.rank + column), factor, low);
+                        high = _mm512_fmadd_ps(_mm512_loadu_ps(mine[p].read + i * a.rank + column + 16), factor, high);
+                    }
+                    store_columns(low, high, read16 + (r * a.heads + first + i) * a.rank + column);
+                }
         }
         #pragma omp barrier
         const i64 blocks = (a.v + BLOCK - 1) / BLOCK;  // of each head

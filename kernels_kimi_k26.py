@@ -185,7 +185,8 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
     __m512 sum[R][O];
     #pragma GCC unroll 4
     for (int o = 0; o < O; o += N, w += N * k / 2, scales += N * groups) {
-        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) sum[r][o + n] = _mm512_setzero_ps();
+        __m512 total[N][R];  // apart from the others, or the compiler keeps them in memory
+        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) total[n][r] = _mm512_setzero_ps();
         _mm_prefetch((const char*)scales + AHEAD / 8, _MM_HINT_T1);
         if (N == 2) _mm_prefetch((const char*)(scales + groups) + AHEAD / 8, _MM_HINT_T1);
         const auto meet = [&](i64 i, __mmask32 there, __mmask8 scales_there) {
@@ -210,12 +211,13 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
             }
             for (int n = 0; n < N; n++) {
                 const __m512 factor = lane_scales(scales + n * groups + (i / 32 >> fold), scales_there, group_of);
-                for (int r = 0; r < R; r++) sum[r][o + n] = _mm512_fmadd_ps(part[n][r], factor, sum[r][o + n]);
+                for (int r = 0; r < R; r++) total[n][r] = _mm512_fmadd_ps(part[n][r], factor, total[n][r]);
             }
         };
         i64 i = 0;
         for (; i + UNIT <= k; i += UNIT) meet(i, ~0u, whole_scales);
         if (i < k) meet(i, (1u << (k - i) / 4) - 1, (1 << std::max<i64>((k - i) / group, 1)) - 1);
+        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) sum[r][o + n] = total[n][r];
     }
     settle<O, R>(sum, y);
 }
@@ -296,7 +298,7 @@ static void dequantize(const uint8_t* w, const bf16* scales, i64 k, i64 group, b
 
 // sum[i] = weights[i] . w for up to `ROWS` rows of weights, pairs of bfloat16 for each two rows of w, which has `width` columns,
 // whole lines of them. w is read as it lies, a few rows at a time, while the sums stay in the nearest cache. Two rows are
-// interleaved, so the columns of a sum come in the order that `columns_of` undoes.
+// interleaved, so the columns of a sum come in the order that `store_columns` undoes.
 static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum) {
     constexpr int SOME = 4;  // pairs at a time
     memset(sum, 0, rows * width * sizeof(float));
@@ -326,12 +328,11 @@ static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, 
         }
     }
 }
-static inline void columns_of(const float* sum, __m512& first, __m512& second) {  // 32 columns in order
+static inline void store_columns(__m512 low, __m512 high, bf16* to) {  // 32 columns in order
     const __m512i a = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i b = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    const __m512 one = _mm512_loadu_ps(sum), two = _mm512_loadu_ps(sum + 16);
-    first = _mm512_permutex2var_ps(one, a, two);
-    second = _mm512_permutex2var_ps(one, b, two);
+    _mm256_storeu_si256((__m256i*)to, narrow16(_mm512_permutex2var_ps(low, a, high)));
+    _mm256_storeu_si256((__m256i*)(to + 16), narrow16(_mm512_permutex2var_ps(low, b, high)));
 }
 
 static void rms_norm(const bf16* x, const bf16* weight, bf16* out, i64 size, float eps) {

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import mmap
 import random
 from pathlib import Path
 
@@ -221,6 +222,32 @@ def test_layers_share_one_stretch_of_memory():
         layer.update(numbers(1, 1, 90, 16), numbers(1, 1, 90, 4))
         homes.add(layer.update(numbers(1, 1, 1, 16), numbers(1, 1, 1, 4))[0].data_ptr())
     assert len(homes) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_large_rooms_begin_with_a_large_page(dtype):
+    like = torch.empty(0, dtype=dtype)
+    small, large = module.new_room(like, (1, 3, 5)), module.new_room(like, (2, 1, 3000, 512))
+    assert small.shape == (1, 3, 5) and large.shape == (2, 1, 3000, 512) and small.dtype == large.dtype == dtype
+    assert large.is_contiguous() and (not hasattr(mmap, "MADV_HUGEPAGE") or large.data_ptr() % module.LARGE_PAGE == 0)
+    large.copy_(torch.arange(len(large.flatten())).view(large.shape))
+    copied = copy.deepcopy(large)
+    large.zero_()
+    assert torch.equal(copied.flatten(), torch.arange(len(copied.flatten())).to(dtype))
+
+
+def test_a_cache_in_large_pages_is_the_plain_one():
+    """More tokens than small pages are used for, in one go and one by one, then cut and chosen from."""
+    key, value = numbers(2, 1, 2100, 512, dtype=torch.bfloat16), numbers(2, 1, 2100, 64, dtype=torch.bfloat16)
+    cache = DynamicCache()
+    for some in (slice(0, 2050), *(slice(at, at + 1) for at in range(2050, 2100))):
+        got = write_latents(cache, 0, key[:, :, some], value[:, :, some], torch.arange(2100)[some])
+    assert torch.equal(got[0], key) and torch.equal(got[1], value)
+    cache.crop(2070)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    got = write_latents(cache, 0, key[:, :, 2070:], value[:, :, 2070:], torch.arange(2070, 2100))
+    want = torch.cat((key.flip(0)[:, :, :2070], key[:, :, 2070:]), dim=2)
+    assert torch.equal(got[0], want)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "quantized"])

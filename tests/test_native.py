@@ -83,7 +83,7 @@ def error(got, want):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows, past, threads", [(1, 0, 2), (1, 37, 1), (3, 200, 3), (9, 64, 2), (32, 31, 1)])
+@pytest.mark.parametrize("rows, past, threads", [(1, 0, 2), (1, 37, 1), (3, 200, 3), (9, 64, 2), (2, 300, 1), (32, 31, 1)])
 def test_a_layer_is_the_plain_one(shape, rows, past, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     model = make(SHAPES[shape])
