@@ -54,22 +54,22 @@ EASY_MIX: Mix = (
 )
 
 
-# The end of training: half of it is what was hardest, tools; and dialogues go on after an answer.
+# The end of training: two fifths of it are what was hardest, tools; and dialogues go on after an answer.
 LAST_MIX: Mix = (
-    (use_tool, 12),
-    (choose_tool, 38),
-    (second_question, 10),
-    (name_figures, 8),
-    (count_figures, 5),
-    (which_picture, 8),
+    (use_tool, 10),
+    (choose_tool, 30),
+    (second_question, 7),
+    (name_figures, 12),
+    (count_figures, 8),
+    (which_picture, 9),
     (which_way, 2),
-    (which_second, 3),
+    (which_second, 4),
     (describe_film, 1),
-    (which_is_bigger, 9),
+    (which_is_bigger, 12),
     (kept_thinking, 2),
     (ignore_tools, 1),
     (repeat, 0.5),
-    (small_talk, 1),
+    (small_talk, 1.5),
 )
 
 

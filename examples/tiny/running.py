@@ -42,7 +42,7 @@ from .vocabulary import encoding
 
 WARMUP, DECAY_FROM, INT4_FROM = 30, 0.6, 0.5  # steps; shares of the run
 EASY_STEPS = 500  # with dialogues of `EASY_MIX`
-LAST_RATE, LAST_MINUTES = 0.3, 0.27  # of the last part: learning rate over that before, share of the run's time
+LAST_RATE, LAST_MINUTES = 0.2, 0.27  # of the last part: learning rate over that before, share of the run's time
 SIGHTS_PER_STEP = 64  # pictures and films of a step before the dialogues begin, in each process
 SEEING = ("vision_tower", "mm_projector", "sight")  # the parts that learn then
 SIGHT_WEIGHT = 0.5  # of the loss that reads figures off media tokens, beside the words' own
@@ -66,9 +66,9 @@ def build(ranks: dict[bytes, int], seed: int, checkpoint: Path | None = None):
     return model.to(torch.bfloat16)
 
 
-def rate_factor(step: int, progress: float) -> float:
-    """The learning rate's course over a part of the run: a short rise, constant, then down in a straight line."""
-    fall = 1.0 if progress < DECAY_FROM else max(0.0, (1 - progress) / (1 - DECAY_FROM))
+def rate_factor(step: int, progress: float, decay_from: float) -> float:
+    """The learning rate's course over a part of the run: a short rise, constant to `decay_from`, then straight down to 0."""
+    fall = min(1.0, max(0.0, (1 - progress) / (1 - decay_from)))
     return min(1.0, (step + 1) / WARMUP) * fall
 
 
@@ -192,14 +192,15 @@ def work(rank: int, world: int, options, ranks: dict[bytes, int]) -> None:
         optimizer.int4 = last or progress >= INT4_FROM
         seeing = not last and step < options.seeing
         if seeing:
-            factor = rate_factor(step, 0)
+            factor = rate_factor(step, 0, DECAY_FROM)
             batches = [make_sights(options.seed, step, rank, SIGHTS_PER_STEP)]
         else:
             begin = clock.last_from[0] if last else options.seeing
-            factor = (LAST_RATE if last else 1) * rate_factor(step - begin, progress)
+            top, decay_from = (LAST_RATE, 0.0) if last else (1.0, DECAY_FROM)
+            factor = top * rate_factor(step - begin, progress, decay_from)
             mix = LAST_MIX if last else EASY_MIX if step - begin < EASY_STEPS else MIX
             batches = make_batches(coder, options.seed, step, rank, world, options.rows, options.parts, mix)
-        sight_weight = 0.0 if last else SIGHT_WEIGHT  # no checkpoint has the layer that reads them off
+        sight_weight = 0.0 if options.start else SIGHT_WEIGHT  # no checkpoint has the layer that reads them off
         # All words of a step weigh the same, whoever has them; so do all media tokens.
         words, media = sum(int((batch.labels >= 0).sum()) for batch in batches), sum(len(b.sights) for b in batches)
         totals = torch.tensor([words, media], dtype=torch.float64)
