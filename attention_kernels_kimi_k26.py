@@ -218,11 +218,14 @@ extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
 static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, __m512 shrink, float* read) {
     alignas(64) float less[LANES];
     _mm512_store_ps(less, shrink);
+    const char* ahead = (const char*)(value + keys * row);  // a line with each pair: the block that follows comes nearer
     for (i64 column = 0; column < columns; column += 16) {  // of two sixteens that lie together first the lower halves, then the upper
         __m512 sum[LANES];
         for (int h = 0; h < LANES; h++) sum[h] = _mm512_mul_ps(_mm512_loadu_ps(read + h * columns + column), _mm512_set1_ps(less[h]));
         const bf16* at = value + column / 32 * 32;
         for (i64 k = 0; k < keys; k += 2, at += 2 * row) {
+            _mm_prefetch(ahead, _MM_HINT_T1);
+            ahead += 64;
             const __m512i one = (__m512i)load32(at), two = (__m512i)load32(k + 1 < keys ? at + row : at);  // or its weight is zero
             const __m512bh both = (__m512bh)(column % 32 ? _mm512_unpackhi_epi16(one, two) : _mm512_unpacklo_epi16(one, two));
             for (int h = 0; h < LANES; h++)
