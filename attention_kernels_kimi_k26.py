@@ -339,7 +339,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
             top = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps());
             const auto weight = [&](i64 p) { return exp16(_mm512_sub_ps(_mm512_loadu_ps(mine[p].best), top)); };
             for (i64 p = 0; p < pieces; p++) sum = _mm512_fmadd_ps(weight(p), _mm512_loadu_ps(mine[p].total), sum);
-            for (i64 p = 0; p < pieces; p++)
+            for (i64 p = 0; p < pieces; p++)  // from here on `total` is what each piece counts for
                 _mm512_storeu_ps(mine[p].total, _mm512_div_ps(weight(p), _mm512_max_ps(sum, _mm512_set1_ps(1e-30f))));
             const i64 r = s.begin / groups, first = s.begin % groups * LANES;
             for (i64 i = 0; i < std::min<i64>(LANES, a.heads - first); i++)
