@@ -24,6 +24,7 @@ demo: .venv/$(NEWEST)/complete
 # llama.cpp is built from source for this processor, which takes minutes; an environment of its own keeps it out of the tests.
 bench: .venv/$(NEWEST)/complete .venv/llama.cpp/complete
 	.venv/$(NEWEST)/bin/python benchmarks/text.py --profile --json benchmarks/text.json --plot benchmarks/text.png
+	.venv/$(NEWEST)/bin/python benchmarks/compiled.py --json benchmarks/compiled.json
 	.venv/$(NEWEST)/bin/python benchmarks/vision.py --profile --json benchmarks/vision.json --plot benchmarks/vision.png
 	.venv/$(NEWEST)/bin/python benchmarks/media.py --json benchmarks/media.json --plot benchmarks/media.png
 	.venv/$(NEWEST)/bin/python benchmarks/tokenizer.py --json benchmarks/tokenizer.json

@@ -32,98 +32,36 @@ from .native_kimi_k26 import (
 KNOWN = {f"KimiK26{name}" for name in ("Attention", "Experts", "Int4Linear", "MLP", "MoE", "RMSNorm", "Router")} | {"Linear"}
 
 
-class NativeLayer:
-    """What the native kernels must know of one decoder layer: the addresses of its weights, while they stay there.
-
-    Args:
-        layer (`KimiK26DecoderLayer`): with `self_attn`, `mlp` and its two norms.
+class Weights:
+    """Weights whose addresses the native kernels have, while they stay there, and the modules they belong to.
 
     Attributes:
-        fits (`bool`): whether the kernels can compute this layer: bfloat16 weights in main memory, fitting widths.
+        fits (`bool`): whether the kernels can read them: bfloat16 in main memory, in modules whose sums they know.
     """
 
-    def __init__(self, layer: nn.Module):
-        self.layer, self.fits = layer, layer.self_attn.peers is None
+    def __init__(self):
+        self.fits = True
         self._modules: list[tuple[dict, str, nn.Module]] = []  # where each module must be found again
         self._tensors: list[tuple[dict, str, int]] = []  # and each weight
-        attention, mlp = self._own(layer, "self_attn"), self._own(layer, "mlp")
-        self.has_experts = hasattr(mlp, "experts")
-        if self.has_experts:
-            self.fits &= [device for device, _ in mlp.experts.shares] == [None]
-        self.attention = self._describe_attention(attention)
-        self.feed_forward = self._describe_feed_forward(mlp)
-        self.fits &= self.is_current()
+        self._memory: list[torch.Tensor] = []  # stays while the kernels may read it, whatever is put in its place
 
-    def _own(self, parent: nn.Module, name: str) -> nn.Module:
+    def module(self, parent: nn.Module, name: str) -> nn.Module:
         module = parent._modules[name]
         self.fits &= type(module).__name__ in KNOWN
         self._modules.append((parent._modules, name, module))
         return module
 
-    def _weight(self, parent: nn.Module, module: str, name: str = "weight"):
+    def weight(self, parent: nn.Module, module: str, name: str = "weight"):
         """The address of a parameter, or `None` where there is none."""
-        parameters = self._own(parent, module)._parameters
+        parameters = self.module(parent, module)._parameters
         parameter = parameters.get(name)
         if parameter is None:
             return None
         dtype = torch.float32 if name == "e_score_correction_bias" else torch.bfloat16
         self.fits &= parameter.dtype == dtype and parameter.is_contiguous() and parameter.device.type == "cpu"
         self._tensors.append((parameters, name, parameter.data_ptr()))
+        self._memory.append(parameter.detach())
         return parameter.data_ptr()
-
-    def _describe_attention(self, attention: nn.Module) -> Attention:
-        config = attention.config
-        self.fits &= config.hidden_size % INPUTS == attention.rank % INPUTS == 0
-        self.fits &= attention.nope % 2 == attention.rope % 2 == attention.v_dim % 4 == 0
-        described = Attention(
-            norm=self._weight(self.layer, "input_layernorm"),
-            kv_a=self._weight(attention, "kv_a_proj_with_mqa"),
-            kv_a_bias=self._weight(attention, "kv_a_proj_with_mqa", "bias"),
-            kv_a_norm=self._weight(attention, "kv_a_layernorm"),
-            kv_b=self._weight(attention, "kv_b_proj"),
-            o=self._weight(attention, "o_proj"),
-            o_bias=self._weight(attention, "o_proj", "bias"),
-            hidden=config.hidden_size,
-            heads=attention.heads,
-            nope=attention.nope,
-            rope=attention.rope,
-            v=attention.v_dim,
-            rank=attention.rank,
-            eps=self.layer.input_layernorm.eps,
-            latent_eps=attention.kv_a_layernorm.eps,
-            scale=attention.scaling,
-        )
-        if config.q_lora_rank is None:
-            described.q_b = self._weight(attention, "q_proj")
-        else:
-            described.q_lora = config.q_lora_rank
-            described.q_a = self._weight(attention, "q_a_proj")
-            described.q_a_bias = self._weight(attention, "q_a_proj", "bias")
-            described.q_a_norm = self._weight(attention, "q_a_layernorm")
-            described.q_b = self._weight(attention, "q_b_proj")
-        return described
-
-    def _describe_feed_forward(self, mlp: nn.Module) -> FeedForward:
-        config = self.layer.self_attn.config
-        norm = self._weight(self.layer, "post_attention_layernorm")
-        described = FeedForward(norm=norm, hidden=config.hidden_size, eps=self.layer.post_attention_layernorm.eps)
-        network = mlp
-        if self.has_experts:
-            router, group = mlp.gate, config.int4_group_size or 0
-            self._own(mlp, "experts")
-            self.fits &= config.moe_intermediate_size % (group or INPUTS) == 0 and knows_group(group)
-            described.router = self._weight(mlp, "gate")
-            described.bias = self._weight(mlp, "gate", "e_score_correction_bias")
-            described.experts, described.top_k = config.n_routed_experts, router.top_k
-            described.groups, described.top_groups = router.n_group, router.topk_group
-            described.normalize, described.scaling = router.normalize, router.scaling
-            described.expert_width, described.group_size = config.moe_intermediate_size, group
-            network = None if mlp.shared_experts is None else self._own(mlp, "shared_experts")
-        if network is not None:
-            for name in ("gate", "up", "down"):
-                setattr(described, name, self._weight(network, f"{name}_proj"))
-            described.width = network.gate_proj.out_features
-        return described
 
     def is_current(self) -> bool:
         """Whether every weight is where it was, in modules that do no more than their class says."""
@@ -136,13 +74,86 @@ class NativeLayer:
                 return False
         return True
 
+
+class NativeLayer(Weights):
+    """What the native kernels must know of one decoder layer.
+
+    Args:
+        layer (`KimiK26DecoderLayer`): with `self_attn`, `mlp` and its two norms.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+        attention, mlp = self.module(layer, "self_attn"), self.module(layer, "mlp")
+        self.fits &= attention.peers is None
+        self.has_experts = hasattr(mlp, "experts")
+        if self.has_experts:
+            self.fits &= [device for device, _ in mlp.experts.shares] == [None]
+        self.attention = self._describe_attention(attention)
+        self.feed_forward = self._describe_feed_forward(mlp)
+
+    def _describe_attention(self, attention: nn.Module) -> Attention:
+        config = attention.config
+        self.fits &= config.hidden_size % INPUTS == attention.rank % INPUTS == 0
+        self.fits &= attention.nope % 2 == attention.rope % 2 == attention.v_dim % 4 == 0
+        described = Attention(
+            norm=self.weight(self.layer, "input_layernorm"),
+            kv_a=self.weight(attention, "kv_a_proj_with_mqa"),
+            kv_a_bias=self.weight(attention, "kv_a_proj_with_mqa", "bias"),
+            kv_a_norm=self.weight(attention, "kv_a_layernorm"),
+            kv_b=self.weight(attention, "kv_b_proj"),
+            o=self.weight(attention, "o_proj"),
+            o_bias=self.weight(attention, "o_proj", "bias"),
+            hidden=config.hidden_size,
+            heads=attention.heads,
+            nope=attention.nope,
+            rope=attention.rope,
+            v=attention.v_dim,
+            rank=attention.rank,
+            eps=self.layer.input_layernorm.eps,
+            latent_eps=attention.kv_a_layernorm.eps,
+            scale=attention.scaling,
+        )
+        if config.q_lora_rank is None:
+            described.q_b = self.weight(attention, "q_proj")
+        else:
+            described.q_lora = config.q_lora_rank
+            described.q_a = self.weight(attention, "q_a_proj")
+            described.q_a_bias = self.weight(attention, "q_a_proj", "bias")
+            described.q_a_norm = self.weight(attention, "q_a_layernorm")
+            described.q_b = self.weight(attention, "q_b_proj")
+        return described
+
+    def _describe_feed_forward(self, mlp: nn.Module) -> FeedForward:
+        config = self.layer.self_attn.config
+        norm = self.weight(self.layer, "post_attention_layernorm")
+        described = FeedForward(norm=norm, hidden=config.hidden_size, eps=self.layer.post_attention_layernorm.eps)
+        network = mlp
+        if self.has_experts:
+            router, group = mlp.gate, config.int4_group_size or 0
+            self.module(mlp, "experts")
+            self.fits &= config.moe_intermediate_size % (group or INPUTS) == 0 and knows_group(group)
+            described.router = self.weight(mlp, "gate")
+            described.bias = self.weight(mlp, "gate", "e_score_correction_bias")
+            described.experts, described.top_k = config.n_routed_experts, router.top_k
+            described.groups, described.top_groups = router.n_group, router.topk_group
+            described.normalize, described.scaling = router.normalize, router.scaling
+            described.expert_width, described.group_size = config.moe_intermediate_size, group
+            network = None if mlp.shared_experts is None else self.module(mlp, "shared_experts")
+        if network is not None:
+            for name in ("gate", "up", "down"):
+                setattr(described, name, self.weight(network, f"{name}_proj"))
+            described.width = network.gate_proj.out_features
+        return described
+
     def extend(self, cache: Cache, x: torch.Tensor, span) -> "Place":
         """One more place for each row in the cache of this layer."""
         layer = layer_of(cache, self.layer.self_attn.layer_idx)
         if isinstance(layer, LatentLayer):
             past = layer.extend(x, (self.attention.rank, self.attention.rope), 1)
         else:
-            past = int(span.query_index[0])
+            past = span.begin
             count_one(layer)
         return layer.keys, layer.values, past
 
@@ -160,18 +171,26 @@ class NativeDecoder:
     """One new token for each row through decoder layers, in one call of the native kernels.
 
     Args:
-        layers (`list[KimiK26DecoderLayer]`): neighbours; or one alone.
+        owner: a text model, whose last norm follows; or one `KimiK26DecoderLayer`.
 
     Attributes:
         fits (`bool`): whether the kernels can compute these layers.
     """
 
-    def __init__(self, layers: list[nn.Module]):
-        self.parts = [NativeLayer(layer) for layer in layers]
-        self.fits = all(part.fits for part in self.parts)
-        self.calls = (Layer * len(layers))()
-        self._turn = threading.Lock()  # for the calls and what is known of experts, which a run sets and reads
+    def __init__(self, owner: nn.Module):
+        self.parts = [NativeLayer(layer) for layer in layers_of(owner)]
+        self.norm = self.eps = None
+        self._looked_at: list[Weights] = list(self.parts)
+        if "norm" in owner._modules:
+            self._looked_at.append(Weights())
+            self.norm, self.eps = self._looked_at[-1].weight(owner, "norm"), owner.norm.eps
+        self.fits = all(part.fits and part.is_current() for part in self._looked_at)
+        self.calls = (Layer * len(self.parts))()
+        self._turn = threading.Lock()  # for all that a run sets and reads
         self.experts = [part.layer.mlp.experts for part in self.parts if part.has_experts]
+        self._next = None  # where the sequence goes on: see `is_current`
+        self._looks = 0
+        self._scratch = None  # see `_room`
         found = iter(self.experts)
         for call, part in zip(self.calls, self.parts):
             call.attention, call.feed_forward = part.attention, part.feed_forward
@@ -181,12 +200,26 @@ class NativeDecoder:
     def __reduce__(self):
         return type(None), ()  # addresses are no good in a copy
 
-    def is_current(self) -> bool:
-        """Whether the layers are as they were; what happens to single experts is seen at the next prompt."""
-        return all(part.is_current() for part in self.parts)
+    def is_current(self, keys: Optional[torch.Tensor] = None, past: int = 0) -> bool:
+        """Whether the layers are as they were; what happens to single experts is seen at the next prompt.
+
+        Where a sequence goes on, one layer is looked at, each at its turn: what is done to all is seen at once. To look at
+        all takes a thirtieth of a step, as nothing of them is in the processor's caches any more.
+
+        Args:
+            keys, past: of the first layer, how many tokens are before the new one.
+        """
+        place = None if keys is None else (keys.data_ptr(), past)
+        goes_on = place is not None and place == self._next
+        self._next = None if place is None else (place[0], past + 1)
+        if not goes_on:
+            return all(part.is_current() for part in self._looked_at)
+        self._looks += 1
+        return self._looked_at[self._looks % len(self._looked_at)].is_current()
 
     def __call__(self, x: torch.Tensor, rotary, span, past_key_values: Cache) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x` `(batch, 1, hidden_size)` bfloat16 → the same after the layers, and the routers' logits of each that routes."""
+        """`x` `(batch, 1, hidden_size)` bfloat16 → the same after the layers (and the norm), and the routers' logits of each
+        that routes."""
         return self.run(x, rotary, span.padding, [part.extend(past_key_values, x, span) for part in self.parts])
 
     def run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place]):
@@ -197,8 +230,10 @@ class NativeDecoder:
     def _run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place]):
         rows, count, threads = x.shape[0], len(self.parts), i64(torch.get_num_threads())
         x = x.clone(memory_format=torch.contiguous_format)
-        middle, normed = torch.empty_like(x), torch.empty_like(x)
-        cos, sin = (part.expand(rows, 1, -1).contiguous() for part in rotary)
+        middle, normed, weights, chosen = self._room(x)
+        cos, sin = rotary
+        if cos.shape[0] != rows or not (cos.is_contiguous() and sin.is_contiguous()):
+            cos, sin = (part.expand(rows, 1, -1).contiguous() for part in rotary)
         padding = None if padding is None else padding.contiguous()
         for call, (keys, values, past) in zip(self.calls, places):
             where = call.latents
@@ -206,13 +241,11 @@ class NativeDecoder:
             where.latent_row, _, where.latent_key, _ = keys.stride()
             where.rotary_row, _, where.rotary_key, _ = values.stride()
             where.mask, where.mask_row = (None, 0) if padding is None else (padding.data_ptr(), padding.stride(0))
-        for experts in self.experts:
-            experts.known.refresh(thorough=self.calls[0].latents.past == 0)
-        sizes = self.calls[count - 1].feed_forward  # of all that route
-        logits = torch.empty(len(self.experts), rows, sizes.experts)
-        weights = torch.empty(len(self.experts), rows, sizes.top_k)
-        chosen = torch.empty(len(self.experts), rows, sizes.top_k, dtype=torch.int64)
+        self._refresh_experts(thorough=self.calls[0].latents.past == 0)
+        logits = torch.empty(len(self.experts), rows, self.calls[count - 1].feed_forward.experts)
         step = Step(*addresses(x, middle, normed, cos, sin, logits, weights, chosen), rows=rows)
+        if self.norm is not None:
+            step.norm, step.eps = self.norm, self.eps
         asked = at = routed = 0
         while (at := library().kimi_decode(self.calls, i64(count), i64(at), i64(routed), ctypes.byref(step), threads)) < count:
             # This layer has chosen experts that are not known yet.
@@ -230,6 +263,27 @@ class NativeDecoder:
             experts.known.let_go()
         return x, logits
 
+    def _room(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What a step needs for itself: two hidden states, and the weights and choices of all layers. One run uses it after
+        the other, as memory that has just come takes longer to get."""
+        if self._scratch is None or self._scratch[0].shape != x.shape:
+            pairs = (len(self.experts), x.shape[0], self.calls[len(self.parts) - 1].feed_forward.top_k)
+            weights, chosen = torch.empty(pairs), torch.empty(pairs, dtype=torch.int64)
+            self._scratch = torch.empty_like(x), torch.empty_like(x), weights, chosen
+        return self._scratch
+
+    def _refresh_experts(self, thorough: bool):
+        """Let the tables have no expert that is not as it was. Where that is not `thorough`, one is looked at, each at its
+        turn: what is done to all is seen at once."""
+        thorough = thorough or self.experts and not self.experts[self._looks % len(self.experts)].known.one_is_current()
+        for experts in self.experts:
+            experts.known.refresh() if thorough else experts.known.follow()
+
+
+def layers_of(owner: nn.Module):
+    """The layers of a text model; or the layer itself."""
+    return owner._modules.get("layers", (owner,))
+
 
 def has_room(layer, x: torch.Tensor, span) -> bool:
     """Whether the kernels can write one more token of each row into this layer of a cache."""
@@ -240,17 +294,17 @@ def has_room(layer, x: torch.Tensor, span) -> bool:
         and layer.is_initialized
         and layer.keys.dtype == x.dtype
         and layer.keys.shape[0] == x.shape[0]
-        and int(span.query_index[0]) < layer.keys.shape[2]
+        and span.begin < layer.keys.shape[2]
     )
 
 
-def native_decoder(owner: nn.Module, layers, x: torch.Tensor, span, past_key_values: Cache):
-    """The [`NativeDecoder`] of neighbouring layers where the kernels can serve this call, else `None`.
+def native_decoder(owner: nn.Module, x: torch.Tensor, span, past_key_values: Cache):
+    """The [`NativeDecoder`] of a text model or of one layer where the kernels can serve this call, else `None`.
 
     They serve one new token per row, bfloat16 on the CPU, without gradients, over a growing or a static cache.
 
     Args:
-        owner: keeps the decoder between calls, as `native`: the text model, or a layer its own.
+        owner: keeps the decoder between calls, as `native`.
     """
     if (
         x.shape[1] != 1
@@ -265,11 +319,13 @@ def native_decoder(owner: nn.Module, layers, x: torch.Tensor, span, past_key_val
         or span.documents is not None
         or _has_any_global_hook()
         or library() is None
-        or not all(has_room(layer_of(past_key_values, layer.self_attn.layer_idx), x, span) for layer in layers)
     ):
         return None
-    if owner.native is None or not owner.native.is_current():
-        owner.native = NativeDecoder(list(layers))
+    caches = [layer_of(past_key_values, layer.self_attn.layer_idx) for layer in layers_of(owner)]
+    if not all(has_room(cache, x, span) for cache in caches):
+        return None
+    if owner.native is None or not owner.native.is_current(caches[0].keys, span.begin):
+        owner.native = NativeDecoder(owner)
     return owner.native if owner.native.fits else None
 
 
@@ -288,12 +344,13 @@ _library.define(
 
 
 def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[torch.Tensor], owner: int):
-    """One new token of each row, at the place `at` of static caches, through all layers of the text model `owner`."""
+    """One new token of each row, at the place `at` of static caches, through all layers of the text model `owner` and its
+    last norm."""
     model, past = _owners[owner], int(at[0])
     if past >= keys[0].shape[2]:
         raise ValueError(f"the static cache has room for {keys[0].shape[2]} tokens, and one comes at place {past}")
-    if model.native is None or not model.native.is_current():
-        model.native = NativeDecoder(list(model.layers))
+    if model.native is None or not model.native.is_current(keys[0], past):
+        model.native = NativeDecoder(model)
     if not model.native.fits:
         raise RuntimeError("the layers have changed since the model was compiled; compile it again")
     return model.native.run(x, (cos, sin), padding, [(*place, past) for place in zip(keys, values)])
@@ -303,11 +360,6 @@ def _decoded(x, cos, sin, at, padding, keys, values, owner):
     """Empty tensors in the shape of the result."""
     routing = [layer.mlp.gate.weight.shape[0] for layer in _owners[owner].layers if hasattr(layer.mlp, "gate")]
     return torch.empty_like(x), x.new_empty(len(routing), x.shape[0], max(routing, default=0), dtype=torch.float32)
-
-
-@torch.compiler.assume_constant_result
-def _has_kernels() -> bool:
-    return library() is not None
 
 
 _library.define("few_rows(Tensor x, Tensor weight) -> Tensor")
@@ -322,14 +374,19 @@ _operation = getattr(torch.ops, NAMESPACE).decode.default
 @torch.compiler.assume_constant_result
 def _number(model: nn.Module) -> int:
     """What stands for a text model in a graph; 0 where the kernels cannot compute its layers."""
+    if library() is None:
+        return 0
     if model.native is None or not model.native.is_current():
-        model.native = NativeDecoder(list(model.layers))
+        model.native = NativeDecoder(model)
     _owners[id(model)] = model
     return id(model) if model.native.fits else 0
 
 
 def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cache):
-    """What a [`NativeDecoder`] gives, while a graph is being made: over a static cache; `None` where it cannot serve."""
+    """What a [`NativeDecoder`] gives, while a graph is being made: over a static cache; `None` where it cannot serve.
+
+    PyTorch looks at all that is looked at here before each run of the graph: the less, the faster.
+    """
     if (
         x.shape[1] != 1
         or x.shape[0] > MOST_ROWS
@@ -342,11 +399,12 @@ def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_va
         or span.documents is not None
     ):
         return None
-    caches = [layer_of(past_key_values, layer.self_attn.layer_idx) for layer in model.layers]
-    if not all(type(cache) is StaticLayer and cache.is_initialized and cache.keys.dtype == x.dtype for cache in caches):
-        return None
+    caches = getattr(past_key_values, "layers", ())
+    for cache in caches:
+        if type(cache) is not StaticLayer or cache.keys is None or cache.keys.dtype != x.dtype:
+            return None
     number = _number(model)
-    if not number:
+    if not number or len(caches) != _count(model):
         return None
     keys, values = [cache.keys for cache in caches], [cache.values for cache in caches]
     out = _operation(x, *rotary, span.query_index, span.padding, keys, values, number)
@@ -355,26 +413,38 @@ def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_va
     return out
 
 
+@torch.compiler.assume_constant_result
+def _count(model: nn.Module) -> int:
+    return len(model.layers)
+
+
 def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`linear(x)`, `(batch, length, hidden_size)` → `(batch, length, vocab_size)`, natively where few rows ask for it."""
-    rows = x.shape[0] * x.shape[1]
     if (
-        rows > MOST_ROWS
+        x.shape[0] * x.shape[1] > MOST_ROWS
         or x.dtype != torch.bfloat16
         or x.device.type != "cpu"
         or torch.is_grad_enabled()
-        or type(linear) is not nn.Linear
-        or type(linear.weight) is not nn.Parameter
-        or not is_plain(linear)
-        or linear.bias is not None
-        or linear.weight.dtype != torch.bfloat16
-        or not linear.weight.is_contiguous()
-        or linear.weight.device.type != "cpu"
-        or not _has_kernels()
+        or not _reads_plainly(linear)
     ):
         return linear(x)
     product = _product if torch.compiler.is_compiling() else few_rows
     return product(x.flatten(0, 1).contiguous(), linear.weight).unflatten(0, x.shape[:2])
+
+
+@torch.compiler.assume_constant_result
+def _reads_plainly(linear: nn.Module) -> bool:
+    """Whether the kernels can read a linear layer: bfloat16 weights in main memory, nothing hung on it."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and is_plain(linear)
+        and linear.bias is None
+        and linear.weight.dtype == torch.bfloat16
+        and linear.weight.is_contiguous()
+        and linear.weight.device.type == "cpu"
+        and library() is not None
+    )
 
 
 def serves(x: torch.Tensor) -> bool:

@@ -394,6 +394,7 @@ struct Step {  // (rows, …): the hidden state, two places for it; of each laye
     bf16 *x, *middle, *normed;
     const float *cos, *sin;
     float *logits, *weights; i64* chosen;
+    const bf16* norm; float eps;  // what is after the last layer, null: nothing; its result takes the place of `x`
     i64 rows, used;  // used: experts of all layers, each once however many rows it has
 };
 
@@ -425,6 +426,8 @@ extern "C" i64 kimi_decode(const Layer* layers, i64 count, i64 from, i64 routed,
         }
         logits += s.rows * f.experts; weights += s.rows * f.top_k; chosen += s.rows * f.top_k;
     }
+    const i64 hidden = layers[0].feed_forward.hidden;
+    if (s.norm) for (i64 r = 0; r < s.rows; r++) rms_norm(s.x + r * hidden, s.norm, s.x + r * hidden, hidden, s.eps);
     return count;
 }
 

@@ -249,20 +249,23 @@ class KnownExperts:
             self._held[number], self._table[number] = held, held.address
         return True
 
-    def refresh(self, thorough: bool):
-        """Forget all when the store was cleared or replaced, and experts that are no longer as they were.
-
-        When that is `thorough`, each is looked at, else one, each at its turn: what is done to all is seen at once.
-        """
+    def follow(self):
+        """Forget all when the store was cleared or replaced."""
         store = self._experts.store
         if store is not self._store or store.cleared != self._cleared:
             self._store, self._cleared = store, store.cleared
             self._forget(list(self._held))
-        elif self._held:
-            self._turn = (self._turn + 1) % len(self._experts)
-            one = self._held.get(self._turn) or next(iter(self._held.values()))
-            if thorough or not one.is_current():
-                self._forget([number for number, held in self._held.items() if not held.is_current()])
+
+    def refresh(self):
+        """Forget those that are no longer as they were, too."""
+        self.follow()
+        self._forget([number for number, held in self._held.items() if not held.is_current()])
+
+    def one_is_current(self) -> bool:
+        """Whether one of them, each at its turn, is as it was."""
+        self._turn = (self._turn + 1) % len(self._experts)
+        one = self._held.get(self._turn) or next(iter(self._held.values()), None)
+        return one is None or one.is_current()
 
     def let_go(self):
         """After use: under a budget the store decides what stays in memory, and must be asked each time."""
@@ -596,7 +599,7 @@ class KimiK26Experts(nn.ModuleList):
             return None
         if not self.has_native_widths or library() is None:
             return None
-        self.known.refresh(thorough=True)
+        self.known.refresh()
         asked = [number for number, count in enumerate(routing.counts) if count and number in numbers]
         self.announce(asked, x)
         held = {number: self.native(number) for number in asked}

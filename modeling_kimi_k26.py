@@ -377,9 +377,9 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         return result if return_dict else result.to_tuple()
 
     def _warn_past_the_end(self, length, position_ids, past_key_values):
-        limit = self.config.max_position_embeddings
         if torch.compiler.is_compiling():
             return
+        limit = self.config.max_position_embeddings
         if position_ids is not None and position_ids.device.type == "cpu":
             last = int(position_ids.max()) + 1
         else:  # counting tokens asks no device

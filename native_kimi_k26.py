@@ -86,7 +86,11 @@ class Layer(ctypes.Structure):
 class Step(ctypes.Structure):
     """`Step` of the source: where one new token for each row passes through."""
 
-    _fields_ = [*fields(address, "x middle normed cos sin logits weights chosen"), *fields(i64, "rows used")]
+    _fields_ = [
+        *fields(address, "x middle normed cos sin logits weights chosen norm"),
+        *fields(ctypes.c_float, "eps"),
+        *fields(i64, "rows used"),
+    ]
 
 
 NativeAddresses = address * 6  # of an expert: values and scales of gate, up and down; no scales: the values are bfloat16

@@ -134,6 +134,11 @@ class AttentionSpan:
             self._elsewhere[device] = AttentionSpan(query_index, self.first, *moved)
         return self._elsewhere[device]
 
+    @cached_property
+    def begin(self) -> int:
+        """`query_index[0]`; where it is not known the device is asked."""
+        return int(self.query_index[0]) if self.first is None else self.first
+
     def is_causal(self, keys: int) -> bool:
         """Whether the whole pattern is: the last queries of `keys` tokens, each seeing all up to itself."""
         constrained = self.padding is not None or self.given is not None or self.documents is not None
@@ -431,7 +436,7 @@ class KimiK26DecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, rotary, span: AttentionSpan, past_key_values=None, output_attentions=False):
         """`(batch, length, hidden_size)` → the same, the attention weights or `None`, the router logits or `None`."""
-        native = None if output_attentions else native_decoder(self, (self,), x, span, past_key_values)
+        native = None if output_attentions else native_decoder(self, x, span, past_key_values)
         if native is not None:
             x, router_logits = native(x, rotary, span, past_key_values)
             return x, None, router_logits[0] if len(router_logits) else None
@@ -442,6 +447,9 @@ class KimiK26DecoderLayer(GradientCheckpointingLayer):
             out, router_logits = out
         return x + out, weights, router_logits
 
+    def _apply(self, *args, **kwargs):
+        self.native = None  # it would keep the memory of weights that move
+        return super()._apply(*args, **kwargs)
 
     def release(self):
         """Give back the memory of everything but the routed experts, which have a store of their own."""
@@ -465,6 +473,10 @@ class KimiK26TextModel(nn.Module):
         self.native = None  # what the native kernels know of all layers together
         self._chain()
 
+    def _apply(self, *args, **kwargs):
+        self.native = None  # it would keep the memory of weights that move
+        return super()._apply(*args, **kwargs)
+
     def __setstate__(self, state):
         super().__setstate__(state)
         self._chain()
@@ -483,15 +495,15 @@ class KimiK26TextModel(nn.Module):
         return store
 
     def in_one_go(self, x, rotary, span, past_key_values):
-        """All layers by the native kernels, and the routers' logits; `None` where they cannot serve, where somebody looks
-        at single layers, or where weights must be read or given back between them."""
+        """All layers by the native kernels and the last norm, and the routers' logits; `None` where they cannot serve, where
+        somebody looks at single layers, or where weights must be read or given back between them."""
         if torch.compiler.is_compiling():
             return compiled_decode(self, x, rotary, span, past_key_values)
         routing = next((layer.mlp for layer in self.layers if isinstance(layer.mlp, KimiK26MoE)), None)
         resident = routing is None or isinstance(routing.experts, KimiK26Experts) and not routing.experts.store.bounded
         if self.streams or not resident or not all(is_plain(layer) for layer in self.layers):
             return None
-        native = native_decoder(self, self.layers, x, span, past_key_values)
+        native = native_decoder(self, x, span, past_key_values)
         return None if native is None else native(x, rotary, span, past_key_values)
 
     def forward(
@@ -542,22 +554,22 @@ class KimiK26TextModel(nn.Module):
 
         x, rotary = inputs_embeds, self.rotary_emb(position_ids)
         hidden_states, attentions, router_logits = (x,), (), ()
-        layers = self.layers
-        if not (output_hidden_states or output_attentions):
-            whole = self.in_one_go(x, rotary, span, past_key_values)
-            if whole is not None:
-                x, logits = whole
-                layers, router_logits = (), tuple(logits)
-        for layer in layers:
-            x, weights, logits = layer(
-                x, rotary, span, past_key_values=past_key_values, output_attentions=output_attentions
-            )
-            if self.streams:
-                layer.release()
-            hidden_states += (x,) if output_hidden_states else ()
-            attentions += (weights,) if output_attentions else ()
-            router_logits += (logits,) if output_router_logits and logits is not None else ()
-        x = self.norm(x)
+        closely = output_hidden_states or output_attentions
+        whole = None if closely else self.in_one_go(x, rotary, span, past_key_values)
+        if whole is not None:
+            x, logits = whole
+            router_logits = tuple(logits) if output_router_logits else ()
+        else:
+            for layer in self.layers:
+                x, weights, logits = layer(
+                    x, rotary, span, past_key_values=past_key_values, output_attentions=output_attentions
+                )
+                if self.streams:
+                    layer.release()
+                hidden_states += (x,) if output_hidden_states else ()
+                attentions += (weights,) if output_attentions else ()
+                router_logits += (logits,) if output_router_logits and logits is not None else ()
+            x = self.norm(x)
         return MoeModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,17 @@ def test_memory_is_measured_with_and_without_a_budget(run):
 
 def test_the_plot_is_drawn(run):
     assert (run[0] / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+def test_a_compiled_step_is_measured_beside_the_eager_one(run, tmp_path):
+    options = ["--checkpoint", run[0] / "small", "--contexts", "8", "--steps", "4", "--threads", "1", "--json", tmp_path / "out.json"]
+    done = subprocess.run([str(word) for word in (sys.executable, BENCHMARKS / "compiled.py", *options)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["engine"] for row in rows] == ["eager", "compiled", "compiled, guards skipped"]
+    assert all(row["count"] == 4 and 0 < row["quartile"] <= row["median"] for row in rows)
+    assert "decode, 8 tokens, median" in done.stdout and "as fast" in done.stdout
 
 
 def test_the_checkpoint_is_sound_and_its_limits_are_those_of_its_bytes(run, monkeypatch):

@@ -399,3 +399,54 @@ def test_a_changed_expert_is_seen_at_the_next_prompt():
     for number in list(experts.known._held)[:1]:
         experts[number].down_proj.weight_scale.data = torch.zeros_like(experts[number].down_proj.weight_scale)
     assert not torch.equal(last(), before)
+
+
+def going_on(model, ids):
+    """Logits of one token after the other, in one sequence."""
+    out = model(input_ids=ids[:, :5], use_cache=True)
+    for at in range(5, ids.shape[1]):
+        yield model(input_ids=ids[:, at : at + 1], past_key_values=out.past_key_values).logits
+
+
+@torch.no_grad()
+def test_what_is_done_to_all_layers_is_seen_at_the_next_token():
+    model = make({"num_hidden_layers": 4})
+    ids = torch.randint(0, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+    steps = going_on(model, ids)
+    for _ in range(3):
+        next(steps)
+    for layer in model.language_model.model.layers:
+        shared = getattr(layer.mlp, "shared_experts", layer.mlp)
+        for linear in (layer.self_attn.o_proj, shared.down_proj):
+            linear.weight = torch.nn.Parameter(torch.zeros_like(linear.weight))
+        for expert in getattr(layer.mlp, "experts", ()):
+            expert.down_proj.weight_scale.data = torch.zeros_like(expert.down_proj.weight_scale)
+    text = model.language_model
+    want = text.lm_head(text.model.norm(text.model.embed_tokens(ids[:, 8:9])))
+    assert torch.equal(next(steps), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["layers.2.self_attn.o_proj", "norm"])
+def test_what_is_done_to_one_layer_is_seen_after_as_many_tokens(where):
+    model = make({"num_hidden_layers": 4})
+    text = model.language_model.model
+    steps = going_on(model, torch.randint(0, 90, (1, 20), generator=torch.Generator().manual_seed(0)))
+    for _ in range(3):
+        next(steps)
+    module, known, tokens = text.get_submodule(where), text.native, 0
+    module.weight = torch.nn.Parameter(module.weight.clone())
+    while text.native is known:
+        next(steps)
+        tokens += 1
+    assert tokens <= 5
+
+
+@torch.no_grad()
+def test_weights_that_move_are_not_kept():
+    model = make({})
+    steps = going_on(model, torch.randint(0, 90, (1, 7), generator=torch.Generator().manual_seed(0)))
+    next(steps)
+    assert model.language_model.model.native is not None
+    model.to(torch.float32)
+    assert model.language_model.model.native is None

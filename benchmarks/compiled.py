@@ -1,0 +1,131 @@
+"""A decode step compiled by `torch.compile`, beside the same step without, over static caches, in one process.
+
+    python benchmarks/compiled.py                                  # 128 and 1,024 tokens of context
+    python benchmarks/compiled.py --checkpoint FOLDER --steps 300 --json compiled.json
+    python benchmarks/compiled.py --device cuda                    # where there is a GPU
+
+All take the same tokens, some steps of each in turn, in rotating order. Times are medians and lower quartiles, a step ends with
+the choice of a token. It ends with an error where more than one graph was made. Before each run of a graph PyTorch looks whether
+all is as it was when the graph was made; `torch.compiler.set_stance(skip_guard_eval_unsafe=True)` lets it be trusted.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from checkpoints import SIZES, make_checkpoint
+from text import check_device, processor, prompts
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import StaticCache
+
+from kimi_k26 import KimiK26ForConditionalGeneration
+
+
+HERE = Path(__file__).resolve().parent
+TURN = 10  # steps of one before the next; of each so many are not counted at the beginning
+EAGER, COMPILED, TRUSTED = "eager", "compiled", "compiled, guards skipped"
+
+
+class Steps:
+    """Decode steps of one row over a static cache of its own."""
+
+    def __init__(self, model, call, row: list[int], steps: int, trusted: bool):
+        self.call, self.at, self.trusted, self.seconds, self.chosen = call, len(row), trusted, [], []
+        self.cache = StaticCache(config=model.config.text_config, max_cache_len=len(row) + steps)
+        ids = torch.tensor([row], device=model.device)
+        model(ids, past_key_values=self.cache, cache_position=torch.arange(len(row), device=model.device), logits_to_keep=1)
+
+    def one(self, token: int):
+        ids, at = (torch.tensor(value, device=self.cache.layers[0].keys.device) for value in ([[token]], [self.at]))
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=self.trusted):
+            start = perf_counter()
+            choice = int(self.call(ids, past_key_values=self.cache, cache_position=at, use_cache=True).logits[0, -1].argmax())
+            self.seconds.append(perf_counter() - start)
+        self.chosen.append(choice)
+        self.at += 1
+
+
+@torch.no_grad()
+def measure(model, compiled, config: dict, context: int, steps: int) -> list[dict]:
+    (row,), (following,) = prompts(config, 1, context), prompts(config, 1, TURN + steps, seed=1)
+    kinds = {EAGER: model, COMPILED: compiled, TRUSTED: compiled}
+    runs = {name: Steps(model, call, row, len(following), name == TRUSTED) for name, call in kinds.items()}
+    order = list(runs.values())
+    for start in range(0, len(following), TURN):
+        order = [*order[1:], order[0]]
+        for run in order:
+            for token in following[start : start + TURN]:
+                run.one(token)
+    found = []
+    for name, run in runs.items():
+        taken, same = sorted(run.seconds[TURN:]), statistics.fmean(map(int.__eq__, run.chosen, runs[EAGER].chosen))
+        found.append({"engine": name, "context": context, "count": len(taken), "same": same})
+        found[-1] |= {"median": statistics.median(taken), "quartile": taken[len(taken) // 4]}
+    return found
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="a folder in the published layout; one is made where none is given")
+    add("--size", choices=SIZES, default="mid", help="of the checkpoint that is made (%(default)s)")
+    add("--work", type=Path, default=HERE / "work", help="folder for what is made (%(default)s)")
+    add("--contexts", type=int, nargs="+", default=[128, 1024])
+    add("--steps", type=int, default=200, help="of each, and context (%(default)s)")
+    add("--threads", type=int, default=os.cpu_count())
+    add("--device", default="cpu", help="cpu, or cuda where there is a GPU")
+    add("--json", type=Path, help="write the results to this file")
+    return parser.parse_args(arguments)
+
+
+def run(args) -> dict:
+    check_device(args.device)
+    torch.set_num_threads(args.threads)
+    folder = args.checkpoint or args.work / args.size
+    if not args.checkpoint and not (folder / "config.json").exists():
+        print(f"making {folder}", file=sys.stderr)
+        make_checkpoint(folder, args.size)
+    options = {} if args.device == "cpu" else {"device_map": args.device}
+    model = KimiK26ForConditionalGeneration.from_pretrained(folder, dtype="bfloat16", **options).eval()
+    config = json.loads((folder / "config.json").read_text())
+    results = {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "processor": processor()}
+    results |= {"threads": args.threads, "device": args.device, "load_before": os.getloadavg()[0], "rows": []}
+    for context in args.contexts:  # a static cache of another length is another graph
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("inductor")
+        compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+        results["rows"] += measure(model, compiled, config, context, args.steps)
+        if counter.frame_count != 1:
+            raise RuntimeError(f"{counter.frame_count} graphs were made at {context} tokens of context, one was wanted")
+    return results | {"load_after": os.getloadavg()[0]}
+
+
+def report(results: dict) -> str:
+    lines = [f"{results['processor']}, {results['device']}, {results['threads']} threads"]
+    lines += ["", f"| | {EAGER} | {COMPILED} | {TRUSTED} | the same choices |", "|---|---|---|---|---|"]
+    for rows in zip(*[iter(results["rows"])] * 3):
+        for figure in ("median", "quartile"):
+            eager, *others = (row[figure] * 1e3 for row in rows)
+            cells = [f"{eager:.3f} ms", *(f"{other:.3f} ms ({eager / other:.3f} × as fast)" for other in others)]
+            cells.append(f"{min(row['same'] for row in rows):.0%}")
+            lines.append(f"| decode, {rows[0]['context']:,} tokens, {figure} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments=None) -> int:
+    args = parse(arguments)
+    results = run(args)
+    print(report(results))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
