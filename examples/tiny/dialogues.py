@@ -390,6 +390,14 @@ def which_is_bigger(rng: Random) -> Case:
     return Case("bigger", messages, {"bigger": bigger, "of": (first, second)}, thinking)
 
 
+def compare_on(rng: Random) -> Case:
+    """Three comparisons in one dialogue, each to be learnt. They are short, and a step has so many dialogues, of any length."""
+    cases = [which_is_bigger(rng) for _ in range(3)]
+    messages = cases[0].messages + [message for case in cases[1:] for message in case.messages if message["role"] != "system"]
+    answers = tuple(at for at, message in enumerate(messages) if message["role"] == "assistant")
+    return Case("compare", messages, cases[-1].expect, cases[0].thinking, preserve=True, targets=answers)
+
+
 # -- kept thinking -----------------------------------------------------------------------------------------------
 
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven"}

@@ -6,6 +6,7 @@ from typing import Callable
 from .case import Case
 from .dialogues import (
     choose_tool,
+    compare_on,
     count_figures,
     describe_film,
     ignore_tools,
@@ -57,15 +58,16 @@ EASY_MIX: Mix = (
 # The end of training: two fifths of it are what was hardest, tools; and dialogues go on after an answer.
 LAST_MIX: Mix = (
     (use_tool, 10),
-    (choose_tool, 30),
-    (second_question, 7),
+    (choose_tool, 31),
+    (second_question, 6),
     (name_figures, 12),
-    (count_figures, 8),
-    (which_picture, 9),
+    (count_figures, 7),
+    (which_picture, 10),
     (which_way, 2),
     (which_second, 4),
     (describe_film, 1),
-    (which_is_bigger, 12),
+    (which_is_bigger, 4),
+    (compare_on, 10),
     (kept_thinking, 2),
     (ignore_tools, 1),
     (repeat, 0.5),
