@@ -36,7 +36,7 @@ MERGES, CORPUS = 800, 4000  # byte pairs, and the dialogues they are learnt from
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint goes")
-    parser.add_argument("--minutes", type=float, default=115, help="end after so many minutes at the latest (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=116, help="end after so many minutes at the latest (%(default)s)")
     parser.add_argument("--steps", type=int, default=9200, help="end after so many steps (%(default)s)")
     parser.add_argument("--seeing", type=int, default=1500, help="of them first so many of seeing alone (%(default)s)")
     parser.add_argument("--last", type=int, default=1700, help="and so many in the last part (%(default)s)")
