@@ -94,7 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default=Path(__file__).with_name("kimi-k26-tiny"), help="a checkpoint")
     parser.add_argument("--out", type=Path, default=Path("demo-output/lora-german"), help="the adapter (%(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="of training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=450, help="of training (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=3.5, help="of training at most, with fewer steps (%(default)s)")
     parser.add_argument("--rows", type=int, default=16, help="dialogues a step (%(default)s)")
     parser.add_argument("--cases", type=int, default=100, help="held out for the score (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of adapter and pictures (%(default)s)")
@@ -113,20 +114,23 @@ def main() -> None:
     print(f"before: {before:.0f} % right, such as {example!r}")
 
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    warm_and_fall = lambda step: min(1, (step + 1) / 20) * (1 - step / args.steps)  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_and_fall)
+    optimizer = torch.optim.AdamW(adapters, betas=(0.9, 0.98), weight_decay=0.0)
     rng = Random(f"training {args.seed}")
     model.train()
+    begun = time.perf_counter()
     bar = tqdm(range(args.steps), desc="training")
-    for _ in bar:
+    for step in bar:
+        # The rate falls with the steps taken, or with the time where that runs out first.
+        done = max(step / args.steps, (time.perf_counter() - begun) / (60 * args.minutes))
+        if done >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - done)
         batch = training_batch(processor, [random_dialogue(rng) for _ in range(args.rows)])
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
     after, example = score(model, processor, held_out)
