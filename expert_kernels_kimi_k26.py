@@ -249,7 +249,7 @@ template <int R, bool PACKED> static void meet(Panel w, i64 group, const uint32_
             for (int n = 0; n < PAIRS; n++, p++) {
                 __m512i one = _mm512_loadu_si512(words), two = _mm512_loadu_si512(words + LANES);
                 if (PACKED) { one = (__m512i)unpacked(one, n); two = (__m512i)unpacked(two, n); }
-                asm("" : "+v"(one), "+v"(two));  // or the compiler keeps them in memory
+                keep(one, two);  // or the compiler keeps them in memory
                 for (int r = 0; r < R; r++) {
                     const __m512bh given = (__m512bh)_mm512_set1_epi32(x[r * row + p]);
                     part[r][0] = _mm512_dpbf16_ps(part[r][0], (__m512bh)one, given);

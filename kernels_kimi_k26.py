@@ -4,7 +4,7 @@ Numbers, vectors, memory; products of few rows, which read each weight once and 
 have a row in each lane of a vector. `native_kimi_k26` compiles the three parts as one and knows their functions.
 """
 
-COMMON = r"""
+INCLUDES = r"""
 #include <immintrin.h>
 #include <omp.h>
 #include <algorithm>
@@ -12,7 +12,9 @@ COMMON = r"""
 #include <cstdint>
 #include <cstring>
 #include <vector>
+"""
 
+COMMON = r"""
 typedef int64_t i64;
 typedef uint16_t bf16;  // the upper half of a float
 

@@ -13,13 +13,14 @@ import functools
 import torch
 
 from .attention_kernels_kimi_k26 import ATTENTION
+from .avx2_kernels_kimi_k26 import AVX2
 from .compiling_kimi_k26 import address, compiled, i64
 from .expert_kernels_kimi_k26 import EXPERTS
-from .kernels_kimi_k26 import COMMON
+from .kernels_kimi_k26 import COMMON, INCLUDES
 
 
-SOURCE = COMMON + ATTENTION + EXPERTS
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}  # as /proc/cpuinfo has them
+SOURCE = f"{INCLUDES}namespace kimi {{{AVX2}{COMMON}{ATTENTION}{EXPERTS}}}\n"
+NEEDED = {"avx2", "fma"}  # as /proc/cpuinfo has them; AVX-512 with bfloat16 products is used where it is
 INPUTS = 32  # all products run over multiples of so many inputs
 MOST_ROWS = 32  # that are few: above, unpacking weights for many rows and the matrix products of PyTorch are faster
 
