@@ -41,7 +41,7 @@ struct Sums {  // of each query: the largest score, the sum, the weighted values
 // The sums of `G` groups of queries over the keys from `begin` to `end`, `KEYS` at a time: what is read of them stays in the
 // nearer caches. `add(first, keys, shrink)` adds the values of the keys from `first` on, weighted, to sums that shrink before.
 template <int G, int KEYS, class F> static void attend(const Reading& a, i64 begin, i64 end, const Sums& s, F add) {
-    constexpr int N = G == 1 ? 16 : 8;
+    constexpr int N = REGISTERS / 2 / G;
     const __m512 never = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a.scale);
     __m512 best[G], total[G];
     __m512i limit[G];
@@ -126,13 +126,13 @@ struct Expanded {  // addresses, and strides in elements along (batch, token, he
     float scale;
 };
 
-enum { QUERIES = 32, HELD = 1 << 24 };  // queries of one head that read together; bytes of expanded keys and values held at once
+enum { QUERIES = REGISTERS > 8 ? 32 : 16, HELD = 1 << 24 };  // queries of one head that read together; bytes of expanded keys and values held at once
 
 // Attention of many tokens over the expanded keys and values of some heads. They are copied first, a few heads at a time:
 // each key with its rotary part, values in pairs, those of one head side by side.
 extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
     const Expanded& e = *given;
-    constexpr int G = QUERIES / LANES, N = 8, KEYS = 64;
+    constexpr int G = QUERIES / LANES, N = REGISTERS / 2 / G, KEYS = 64;
     const i64 size = e.nope + e.rope, pairs = (e.keys + 1) / 2, heads = e.batch * e.heads, columns = (e.v + LANES - 1) / LANES * LANES;
     const i64 pair_row = columns + LANES;  // a line more: rows whose distance is a power of two would meet in few places of a cache
     const i64 some_heads = std::clamp<i64>(HELD / (e.keys * (size + pair_row) * sizeof(bf16)), 1, heads);
@@ -216,23 +216,28 @@ extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
 // read[h] = shrink[h] * read[h] + the sum of weights[k][h] * value[k] for sixteen heads and some keys: values are read as they lie,
 // two keys' interleaved on the way, so columns come in the order that `store_columns` undoes.
 static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, __m512 shrink, float* read) {
+    constexpr int HEADS = REGISTERS / 2;  // at a time
     alignas(64) float less[LANES];
     _mm512_store_ps(less, shrink);
     const char* ahead = (const char*)(value + keys * row);  // a line with each pair: the block that follows comes nearer
-    for (i64 column = 0; column < columns; column += 16) {  // of two sixteens that lie together first the lower halves, then the upper
-        __m512 sum[LANES];
-        for (int h = 0; h < LANES; h++) sum[h] = _mm512_mul_ps(_mm512_loadu_ps(read + h * columns + column), _mm512_set1_ps(less[h]));
-        const bf16* at = value + column / 32 * 32;
-        for (i64 k = 0; k < keys; k += 2, at += 2 * row) {
-            _mm_prefetch(ahead, _MM_HINT_T1);
-            ahead += 64;
-            const __m512i one = (__m512i)load32(at), two = (__m512i)load32(k + 1 < keys ? at + row : at);  // or its weight is zero
-            const __m512bh both = (__m512bh)(column % 32 ? _mm512_unpackhi_epi16(one, two) : _mm512_unpacklo_epi16(one, two));
-            for (int h = 0; h < LANES; h++)
-                sum[h] = _mm512_dpbf16_ps(sum[h], both, (__m512bh)_mm512_set1_epi32(weights[k / 2 * LANES + h]));
+    for (i64 column = 0; column < columns; column += 16)  // of two sixteens that lie together first the lower halves, then the upper
+        for (int from = 0; from < LANES; from += HEADS) {
+            __m512 sum[HEADS];
+            for (int h = 0; h < HEADS; h++)
+                sum[h] = _mm512_mul_ps(_mm512_loadu_ps(read + (from + h) * columns + column), _mm512_set1_ps(less[from + h]));
+            const bf16* at = value + column / 32 * 32;
+            for (i64 k = 0; k < keys; k += 2, at += 2 * row) {
+                if (!from) {
+                    _mm_prefetch(ahead, _MM_HINT_T1);
+                    ahead += 64;
+                }
+                const __m512i one = (__m512i)load32(at), two = (__m512i)load32(k + 1 < keys ? at + row : at);  // or its weight is zero
+                const __m512bh both = (__m512bh)(column % 32 ? _mm512_unpackhi_epi16(one, two) : _mm512_unpacklo_epi16(one, two));
+                for (int h = 0; h < HEADS; h++)
+                    sum[h] = _mm512_dpbf16_ps(sum[h], both, (__m512bh)_mm512_set1_epi32(weights[k / 2 * LANES + from + h]));
+            }
+            for (int h = 0; h < HEADS; h++) _mm512_storeu_ps(read + (from + h) * columns + column, sum[h]);
         }
-        for (int h = 0; h < LANES; h++) _mm512_storeu_ps(read + h * columns + column, sum[h]);
-    }
 }
 
 // out = x + attention(norm(x)): one new token for each row, whose latent and rotary key are written into the cache.

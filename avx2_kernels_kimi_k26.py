@@ -8,7 +8,7 @@ pairs in bfloat16 are two fused ones in float32; their sums differ from AVX-512'
 AVX2 = r"""
 #ifdef __AVX512BF16__
 enum { REGISTERS = 32 };  // vectors that the processor holds at once
-static inline void keep(__m512i& one, __m512i& two) { asm("" : "+v"(one), "+v"(two)); }
+static inline void keep(__m512i& a) { asm("" : "+v"(a)); }
 #else
 enum { REGISTERS = 8 };
 
@@ -23,7 +23,7 @@ typedef __m512i __m512bh;
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE void keep(__m512i& one, __m512i& two) { asm("" : "+x"(one.low), "+x"(one.high), "+x"(two.low), "+x"(two.high)); }
+INLINE void keep(__m512i& a) { asm("" : "+x"(a.low), "+x"(a.high)); }
 
 // What is done to both halves alike.
 #define FLOATS1(name) INLINE __m512 _mm512_##name(__m512 a) { return {_mm256_##name(a.low), _mm256_##name(a.high)}; }

@@ -197,7 +197,7 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
 // For many rows an expert's weights are turned, a panel of outputs at a time, so that each output has a lane of a vector. Every
 // row then meets them a pair of values at a time, and any number of rows is as good. INT4 words are unpacked on the way, which
 // costs nothing beside the products of a few rows.
-enum { PANEL = 32, HEIGHT = 5, STRETCH = 32 };  // outputs of a panel; rows that registers hold; inputs whose sum is scaled
+enum { PANEL = 32, HEIGHT = REGISTERS > 8 ? 5 : 4, STRETCH = 32 };  // outputs of a panel; rows that registers hold; inputs whose sum is scaled
 
 // One row as panels want it, in words: pairs of inputs, and of each stretch what is too much (see `unpacked`). A pair has the
 // inputs that a shift of INT4 words brings together: of eight the first and the fifth, and so on; of bfloat16 neighbours.
@@ -238,30 +238,35 @@ static void fill(Panel to, Matrix m, i64 from, i64 k, i64 group) {
 // y[r] = the panel's outputs for R rows of pairs, `row` words apart: (R, PANEL).
 template <int R, bool PACKED> static void meet(Panel w, i64 group, const uint32_t* x, i64 row, i64 k, float* y) {
     constexpr int WORDS = PACKED ? STRETCH / 8 : STRETCH / 2, PAIRS = PACKED ? 4 : 1;  // of a stretch, of a word
-    __m512 sum[R][2];
-    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    const uint32_t* words = w.words;
-    for (i64 s = 0, p = 0; s < k / STRETCH; s++) {
-        __m512 part[R][2];
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < 2; v++) part[r][v] = PACKED ? _mm512_set1_ps(((const float*)x)[r * row + k / 2 + s]) : sum[r][v];
-        for (int t = 0; t < WORDS; t++, words += PANEL)
-            for (int n = 0; n < PAIRS; n++, p++) {
-                __m512i one = _mm512_loadu_si512(words), two = _mm512_loadu_si512(words + LANES);
-                if (PACKED) { one = (__m512i)unpacked(one, n); two = (__m512i)unpacked(two, n); }
-                keep(one, two);  // or the compiler keeps them in memory
-                for (int r = 0; r < R; r++) {
-                    const __m512bh given = (__m512bh)_mm512_set1_epi32(x[r * row + p]);
-                    part[r][0] = _mm512_dpbf16_ps(part[r][0], (__m512bh)one, given);
-                    part[r][1] = _mm512_dpbf16_ps(part[r][1], (__m512bh)two, given);
+    constexpr int V = REGISTERS > 8 ? 2 : 1;  // vectors of outputs at a time
+    for (int from = 0; from < PANEL; from += V * LANES) {
+        __m512 sum[R][V];
+        for (int r = 0; r < R; r++) for (int v = 0; v < V; v++) sum[r][v] = _mm512_setzero_ps();
+        const uint32_t* words = w.words + from;
+        for (i64 s = 0, p = 0; s < k / STRETCH; s++) {
+            __m512 part[R][V];
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < V; v++) part[r][v] = PACKED ? _mm512_set1_ps(((const float*)x)[r * row + k / 2 + s]) : sum[r][v];
+            for (int t = 0; t < WORDS; t++, words += PANEL)
+                for (int n = 0; n < PAIRS; n++, p++) {
+                    __m512i some[V];
+                    for (int v = 0; v < V; v++) {
+                        some[v] = _mm512_loadu_si512(words + v * LANES);
+                        if (PACKED) some[v] = (__m512i)unpacked(some[v], n);
+                    }
+                    for (int v = 0; v < V; v++) keep(some[v]);  // or the compiler keeps them in memory
+                    for (int r = 0; r < R; r++) {
+                        const __m512bh given = (__m512bh)_mm512_set1_epi32(x[r * row + p]);
+                        for (int v = 0; v < V; v++) part[r][v] = _mm512_dpbf16_ps(part[r][v], (__m512bh)some[v], given);
+                    }
                 }
-            }
-        const float* scales = PACKED ? w.scales + s * STRETCH / group * PANEL : nullptr;
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < 2; v++)
-                sum[r][v] = PACKED ? _mm512_fmadd_ps(part[r][v], _mm512_loadu_ps(scales + v * LANES), sum[r][v]) : part[r][v];
+            const float* scales = PACKED ? w.scales + s * STRETCH / group * PANEL + from : nullptr;
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < V; v++)
+                    sum[r][v] = PACKED ? _mm512_fmadd_ps(part[r][v], _mm512_loadu_ps(scales + v * LANES), sum[r][v]) : part[r][v];
+        }
+        for (int r = 0; r < R; r++) for (int v = 0; v < V; v++) _mm512_storeu_ps(y + r * PANEL + from + v * LANES, sum[r][v]);
     }
-    for (int r = 0; r < R; r++) for (int v = 0; v < 2; v++) _mm512_storeu_ps(y + r * PANEL + v * LANES, sum[r][v]);
 }
 
 // y[r] = outputs `from` on of a matrix, a panel of them, for all rows.

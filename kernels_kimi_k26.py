@@ -82,7 +82,7 @@ enum { MAX_THREADS = 1024 };
 
 // ---------------------------------------------------------------------------------------- products
 
-enum { ROWS = 8, BLOCK = 16 };  // of x, multiplied at once; outputs that are computed together
+enum { ROWS = REGISTERS > 8 ? 8 : 4, BLOCK = 16 };  // of x, multiplied at once; outputs that are computed together
 
 // The sums of up to sixteen vectors, in order: they are added while they are transposed.
 template <int N> static inline __m512 sums_of(const __m512* v) {
@@ -115,22 +115,23 @@ enum { AHEAD = 6144 };  // bytes: weights are asked for so long before they are 
 static inline void ask_ahead(const void* at) { _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T1); }
 
 // y[r][o] = w[o] . x[r] for `O` neighbouring rows of w, one after the other: memory is fastest where it is read as it lies.
-// Each has two sums, of every other line, which do not wait for each other.
+// Each has two sums, of every other line, which do not wait for each other, where registers hold them for all rows.
 template <int O, int R> static inline void dots(const bf16* w, const bf16* const* x, i64 k, float (*y)[BLOCK]) {
+    constexpr int PARTS = ROWS * 4 > REGISTERS ? 1 : 2;
     __m512 sum[R][O];
     #pragma GCC unroll 4
     for (int o = 0; o < O; o++, w += k) {
-        __m512 part[R][2];
-        for (int r = 0; r < R; r++) part[r][0] = part[r][1] = _mm512_setzero_ps();
+        __m512 part[R][PARTS];
+        for (int r = 0; r < R; r++) for (int n = 0; n < PARTS; n++) part[r][n] = _mm512_setzero_ps();
         const auto meet = [&](i64 i, int n, __mmask32 there) {
             ask_ahead(w + i);
             const __m512bh weight = load32(w + i, there);
             for (int r = 0; r < R; r++) part[r][n] = _mm512_dpbf16_ps(part[r][n], weight, load32(x[r] + i, there));
         };
         i64 i = 0;
-        for (; i + 64 <= k; i += 64) for (int n = 0; n < 2; n++) meet(i + 32 * n, n, ~0u);
+        for (; i + 32 * PARTS <= k; i += 32 * PARTS) for (int n = 0; n < PARTS; n++) meet(i + 32 * n, n, ~0u);
         for (; i < k; i += 32) meet(i, 0, first32(k - i));
-        for (int r = 0; r < R; r++) sum[r][o] = _mm512_add_ps(part[r][0], part[r][1]);
+        for (int r = 0; r < R; r++) sum[r][o] = PARTS == 1 ? part[r][0] : _mm512_add_ps(part[r][0], part[r][1]);
     }
     settle<O, R>(sum, y);
 }
@@ -183,7 +184,7 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
     const __mmask8 whole_scales = (1 << std::max(4 >> fold, 1)) - 1;
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i group_of = _mm512_slli_epi32(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(2 + std::min(fold, 2))), 16);
-    constexpr int N = O < 2 || R > 4 ? 1 : 2;  // rows of w at a time
+    constexpr int N = O < 2 || R > REGISTERS / 8 ? 1 : 2;  // rows of w at a time
     __m512 sum[R][O];
     #pragma GCC unroll 4
     for (int o = 0; o < O; o += N, w += N * k / 2, scales += N * groups) {
@@ -302,7 +303,7 @@ static void dequantize(const uint8_t* w, const bf16* scales, i64 k, i64 group, b
 // whole lines of them. w is read as it lies, a few rows at a time, while the sums stay in the nearest cache. Two rows are
 // interleaved, so the columns of a sum come in the order that `store_columns` undoes.
 static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum) {
-    constexpr int SOME = 4;  // pairs at a time
+    constexpr int SOME = REGISTERS > 8 ? 4 : 2;  // pairs at a time
     memset(sum, 0, rows * width * sizeof(float));
     const bf16* ahead = w + 2 * SOME * width;
     for (i64 p = 0; p < pairs; p += SOME, w += 2 * SOME * width, weights += SOME) {
