@@ -7,6 +7,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import Cache, StaticLayer
 
@@ -30,6 +31,10 @@ from .native_kimi_k26 import (
 
 # The modules whose sums the kernels know. By name: in version 5 of the library each entry module has classes of its own.
 KNOWN = {f"KimiK26{name}" for name in ("Attention", "Experts", "Int4Linear", "MLP", "MoE", "RMSNorm", "Router")} | {"Linear"}
+# Whether PyTorch's products in bfloat16 are fast: on processors without AVX-512 they have a seventh of the speed in float32.
+HAS_FAST_PRODUCTS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+SLOW_ROWS = 96  # up to so many, the kernel of few rows is faster than float32 then
+WIDENED = 2**20  # weights that are float32 at a time: what the second cache holds, and little to hold
 
 
 class Weights:
@@ -426,10 +431,34 @@ def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
         or x.device.type != "cpu"
         or torch.is_grad_enabled()
         or not _reads_plainly(linear)
+        or linear.bias is not None
     ):
-        return linear(x)
+        return apply_linear(linear, x)
     product = _product if torch.compiler.is_compiling() else few_rows
     return product(x.flatten(0, 1).contiguous(), linear.weight).unflatten(0, x.shape[:2])
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """`torch.nn.functional.linear`. Where PyTorch's products in bfloat16 are slow, by the kernel of few rows, or in float32
+    with the weights of some outputs at a time, and rounded once."""
+    if HAS_FAST_PRODUCTS or not serves(x) or weight.dtype != x.dtype or not weight.is_contiguous():
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= SLOW_ROWS and bias is None:
+        out = few_rows(rows.contiguous(), weight)
+    else:
+        out, given = x.new_empty(len(rows), len(weight)), rows.float()
+        step = max(1, WIDENED // weight.shape[1])
+        for some in (slice(start, start + step) for start in range(0, len(weight), step)):
+            out[:, some] = F.linear(given, weight[some].float(), None if bias is None else bias[some].float())
+    return out.unflatten(0, x.shape[:-1])
+
+
+def apply_linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`module(x)`, by [`linear`] where the module is a plain linear layer."""
+    if HAS_FAST_PRODUCTS or not serves(x) or not _reads_plainly(module):
+        return module(x)
+    return linear(x, module.weight, module.bias)
 
 
 @torch.compiler.assume_constant_result
@@ -439,7 +468,6 @@ def _reads_plainly(linear: nn.Module) -> bool:
         type(linear) is nn.Linear
         and type(linear.weight) is nn.Parameter
         and is_plain(linear)
-        and linear.bias is None
         and linear.weight.dtype == torch.bfloat16
         and linear.weight.is_contiguous()
         and linear.weight.device.type == "cpu"

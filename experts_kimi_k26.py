@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .checkpoint_kimi_k26 import read_ahead, release
 from .configuration_kimi_k26 import KimiK26TextConfig
+from .decoding_kimi_k26 import apply_linear
 from .native_kimi_k26 import INPUTS, FeedForward, NativeAddresses, is_plain, knows_group, library, weighted_experts
 from .parallel_kimi_k26 import Peers
 from .quantization_kimi_k26 import CpuInt4, KeepDtype, KimiK26Int4Linear, int4_linear
@@ -53,7 +54,8 @@ class KimiK26MLP(nn.Module):
         self.down_proj = linear(intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        inner = F.silu(apply_linear(self.gate_proj, x)) * apply_linear(self.up_proj, x)
+        return apply_linear(self.down_proj, inner)
 
 
 class KimiK26Router(KeepDtype):

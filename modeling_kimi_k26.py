@@ -24,6 +24,7 @@ from .vision_kimi_k26 import KimiK26PositionTable, KimiK26Projector, KimiK26Visi
 
 # Not used here: version 4 of the library copies from a local folder only what the entry modules import themselves.
 from .attention_kernels_kimi_k26 import ATTENTION  # noqa: F401
+from .avx2_kernels_kimi_k26 import AVX2  # noqa: F401
 from .cache_kimi_k26 import LatentLayer  # noqa: F401
 from .compiling_kimi_k26 import compiled  # noqa: F401
 from .expert_kernels_kimi_k26 import EXPERTS  # noqa: F401

@@ -4,7 +4,8 @@ One new token per row through one decoder layer takes PyTorch some hundred small
 Weights are read where the checkpoint has them: bfloat16 rows, and INT4 words unpacked in registers to integers, the sums
 of whose groups are scaled. Sums are float32, and results are rounded to bfloat16 where the plain path rounds them.
 
-Without a compiler, or a processor with AVX-512 and its bfloat16 products, `library()` is `None` and all runs on PyTorch.
+They are written for AVX-512 and its bfloat16 products; where a processor has AVX2 alone, `avx2_kernels_kimi_k26` says what takes
+their place. Without a compiler or AVX2 `library()` is `None` and all runs on PyTorch.
 """
 
 import ctypes
@@ -112,16 +113,21 @@ def is_plain(module: torch.nn.Module) -> bool:
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)
 
 
-@functools.cache
-def library():
-    """The compiled kernels, or `None` where this machine cannot have them. Compiles when first asked, once per machine."""
-    kernels = compiled("kernels", SOURCE, NEEDED, parallel=True, depends=torch.__version__)
+def load(source: str):
+    """The kernels compiled from `source`, or `None` where this machine cannot have them."""
+    kernels = compiled("kernels", source, NEEDED, parallel=True, depends=torch.__version__)
     if kernels is None:
         return None
     for function in ("attention", "prefill", "route", "experts", "many_experts", "dense", "linear", "dequantize", "norm", "rotate"):
         getattr(kernels, f"kimi_{function}").restype = None
     kernels.kimi_decode.restype = i64
     return kernels
+
+
+@functools.cache
+def library():
+    """The kernels, or `None` where this machine cannot have them. Compiles when first asked, once per machine."""
+    return load(SOURCE)
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

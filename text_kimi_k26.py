@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_kimi_k26 import write_latents
 from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .decoding_kimi_k26 import compiled_decode, native_decoder, serves_attention, serves_norm, serves_rotation
+from .decoding_kimi_k26 import apply_linear, compiled_decode, linear, native_decoder, serves_attention, serves_norm, serves_rotation
 from .experts_kimi_k26 import ExpertStore, KimiK26Experts, KimiK26MLP, KimiK26MoE, at_least_float32
 from .native_kimi_k26 import attention, is_plain, norm, rotate
 from .parallel_kimi_k26 import Peers, check_split, local
@@ -262,14 +262,14 @@ class KimiK26Attention(nn.Module):
         """
         cos, sin = (part.unsqueeze(2) for part in rotary)
         if self.config.q_lora_rank is None:
-            query = self.q_proj(x)
+            query = apply_linear(self.q_proj, x)
         else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+            query = apply_linear(self.q_b_proj, self.q_a_layernorm(apply_linear(self.q_a_proj, x)))
         query = query.unflatten(-1, (self.heads, -1))  # (batch, queries, heads, nope + rope)
         query, turning_query = query.split([self.nope, self.rope], dim=-1)
         turning_query = rotate_pairs(turning_query, cos, sin)
 
-        latent, rotary_key = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
+        latent, rotary_key = apply_linear(self.kv_a_proj_with_mqa, x).split([self.rank, self.rope], dim=-1)
         latent = self.kv_a_layernorm(latent).unsqueeze(1)  # (batch, 1, queries, rank)
         rotary_key = rotate_pairs(rotary_key.unsqueeze(2), cos, sin).transpose(1, 2)
         if self.peers is not None:
@@ -288,7 +288,7 @@ class KimiK26Attention(nn.Module):
             out, weights = self.on_expanded_natively(*given), None
         else:
             out, weights = self.on_expanded(*given, output_attentions)
-        return self.o_proj(out.flatten(2)), weights
+        return apply_linear(self.o_proj, out.flatten(2)), weights
 
     def on_latents(self, query, turning_query, latent, rotary_key, expansion, span, output_attentions):
         """Attention with the expansion moved into the query and the output; latents are read as they are cached."""
@@ -354,7 +354,7 @@ class KimiK26Attention(nn.Module):
 
     def expand(self, latent, expansion):
         """Latents → keys `(batch, keys, heads, nope)`, but for their rotary part, and values `(batch, keys, heads, v_dim)`."""
-        expanded = F.linear(latent, expansion.flatten(0, 1)).unflatten(-1, (len(expansion), -1))
+        expanded = linear(latent, expansion.flatten(0, 1)).unflatten(-1, (len(expansion), -1))
         return expanded.split([self.nope, self.v_dim], dim=-1)
 
     def eager(self, query, key, value, span, output_attentions):

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_kimi_k26 import KimiK26VisionConfig
+from .decoding_kimi_k26 import apply_linear
 from .experts_kimi_k26 import at_least_float32
 from .native_kimi_k26 import attention, is_plain, library
 from .text_kimi_k26 import rotate_pairs
@@ -97,7 +98,7 @@ class KimiK26VisionMLP(nn.Module):
         self.fc1 = nn.Linear(config.vt_intermediate_size, config.vt_hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc1(F.gelu(self.fc0(x), approximate="tanh"))
+        return apply_linear(self.fc1, F.gelu(apply_linear(self.fc0, x), approximate="tanh"))
 
 
 class KimiK26VisionBlock(GradientCheckpointingLayer):
@@ -122,12 +123,12 @@ class KimiK26VisionBlock(GradientCheckpointingLayer):
         return in_blocks(self.after_attention, step, x, out)[0]
 
     def heads_of(self, x, cos, sin):
-        query, key, value = self.wqkv(self.norm0(x)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        query, key, value = apply_linear(self.wqkv, self.norm0(x)).unflatten(-1, (3, self.heads, -1)).unbind(1)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin), value  # (rows, heads, head_dim)
 
     def after_attention(self, x, out):
-        x = x + self.wo(out)
+        x = x + apply_linear(self.wo, out)
         return (x + self.mlp(self.norm1(x)),)
 
     def attention(self, query, key, value, lengths):

@@ -62,7 +62,7 @@ def test_one_graph_for_all_steps(dtype, backend, quantized):
             assert mine.keys.shape == theirs.keys.shape and mine.keys[:, :, -5].any() and theirs.keys[:, :, -5].any()
 
 
-@pytest.mark.skipif(library() is None, reason="no compiler, or a processor without bfloat16 products")
+@pytest.mark.skipif(library() is None, reason="no compiler, or a processor without AVX2")
 def test_the_layers_are_one_operation_of_the_kernels():
     """Roundings apart, what the kernels write into a static cache is what they write without a graph."""
     model = make_native({})
@@ -83,7 +83,7 @@ def test_the_layers_are_one_operation_of_the_kernels():
         assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
 
 
-@pytest.mark.skipif(library() is None, reason="no compiler, or a processor without bfloat16 products")
+@pytest.mark.skipif(library() is None, reason="no compiler, or a processor without AVX2")
 def test_a_full_static_cache_is_refused_by_the_graph():
     model = make_native({})
     ids = torch.randint(0, 90, (1, PROMPT + 8), generator=torch.Generator().manual_seed(2))

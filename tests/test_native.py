@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, text_kimi_k26
+from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, decoding_kimi_k26, native_kimi_k26, text_kimi_k26
 from kimi_k26.cache_kimi_k26 import layer_of, write_latents
 from kimi_k26.experts_kimi_k26 import Routing
 from kimi_k26.native_kimi_k26 import attention, dequantize, few_rows, library
@@ -15,7 +15,7 @@ from kimi_k26.text_kimi_k26 import AttentionSpan, rotate_pairs
 
 from .tiny_models import config_dict, fill
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no compiler, or a processor without bfloat16 products")
+pytestmark = pytest.mark.skipif(library() is None, reason="no compiler, or a processor without AVX2")
 
 WIDE = {
     "hidden_size": 96,
@@ -133,6 +133,60 @@ def test_few_rows(rows, outputs, inputs_):
     x, weight = torch.randn(rows, inputs_).bfloat16(), torch.randn(outputs, inputs_).bfloat16()
     want = x.float() @ weight.float().T
     torch.testing.assert_close(few_rows(x, weight).float(), want, rtol=0.01, atol=0.01 * inputs_**0.5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 200])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_where_pytorch_is_slow(rows, bias, monkeypatch):
+    monkeypatch.setattr(decoding_kimi_k26, "HAS_FAST_PRODUCTS", False)
+    monkeypatch.setattr(decoding_kimi_k26, "WIDENED", 4096)  # of the 70 outputs below 42 at a time
+    torch.manual_seed(0)
+    module = torch.nn.Linear(96, 70, bias=bias).bfloat16()
+    x = torch.randn(2, rows, 96).bfloat16()
+    with torch.no_grad():
+        got, wanted = decoding_kimi_k26.apply_linear(module, x), module.float()(x.float())
+    assert got.dtype == torch.bfloat16 and got.shape == wanted.shape
+    assert (got - wanted).abs().max() <= wanted.abs().max() / 256  # half a unit in the last place, after rounding once
+    hooked = torch.nn.Linear(96, 70).bfloat16()
+    hooked.register_forward_hook(lambda *_: "heard")
+    with torch.no_grad():
+        assert decoding_kimi_k26.apply_linear(hooked, x) == "heard"
+    assert decoding_kimi_k26.apply_linear(module.bfloat16(), x).requires_grad  # with gradients it is PyTorch's
+
+
+def test_a_whole_model_where_pytorch_is_slow(monkeypatch):
+    model, ids = make({}), torch.arange(40).reshape(1, 40)
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).float()(ids).logits
+        for fast in (False, True):
+            monkeypatch.setattr(decoding_kimi_k26, "HAS_FAST_PRODUCTS", fast)
+            assert (model(ids).logits - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_kernels_for_avx2_are_those_for_avx512(monkeypatch):
+    """Where the processor has AVX-512 both are compiled; elsewhere the others are all that is tested."""
+    narrow = native_kimi_k26.load("#undef __AVX512BF16__\n" + native_kimi_k26.SOURCE)
+    assert narrow is not None
+    torch.manual_seed(0)
+    x, weight, gain = torch.randn(5, 224).bfloat16(), torch.randn(37, 224).bfloat16(), torch.randn(224).bfloat16()
+    angles = torch.randn(5, 1, 112)
+    parts = [torch.randn(1, 40, 3, 64).bfloat16() for _ in range(2)]
+    turning, rotary = torch.randn(1, 40, 3, 32).bfloat16(), torch.randn(1, 40, 32).bfloat16()
+    words, scale = quantize_int4(torch.randn(48, 128), 32)
+
+    def results():
+        plain = torch.empty(48, 128, dtype=torch.bfloat16)
+        dequantize(words, scale.bfloat16(), plain)
+        turned = native_kimi_k26.rotate(x.view(5, 1, 224), angles.cos(), angles.sin())
+        same = [native_kimi_k26.norm(x, gain, 1e-5), turned, plain]
+        return same, [few_rows(x, weight), attention(parts[0], turning, parts[1], rotary, parts[1], 0, None, 0.1)]
+
+    same, near = results()
+    monkeypatch.setattr(native_kimi_k26, "library", lambda: narrow)
+    same_too, near_too = results()
+    assert all(map(torch.equal, same[1:], same_too[1:]))
+    for one, other in zip((same[0], *near), (same_too[0], *near_too)):
+        assert (one.float() - other.float()).abs().max() <= one.abs().max() / 128
 
 
 @pytest.mark.parametrize("shape", [(1, 50, 16, 64), (2, 7, 3, 6), (5, 4, 72), (1, 1, 1, 64), (2, 3, 1, 34)])

@@ -293,7 +293,7 @@ def test_low_precision_is_near(dtype, attn):
     assert (low.double() - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
-@pytest.mark.skipif(library() is None, reason="no compiler, or a processor without bfloat16 products")
+@pytest.mark.skipif(library() is None, reason="no compiler, or a processor without AVX2")
 @pytest.mark.parametrize("heads, size", [(2, 72), (3, 8), (1, 20), (16, 72)])
 @pytest.mark.parametrize("patches", [1, 4, 33, 130, 517])
 @torch.no_grad()
