@@ -23,7 +23,7 @@ def machine(results: dict) -> list[str]:
     if "machine" in results:
         speeds = results["machine"]
         gigabytes, gigaflops = speeds["bandwidth"] / 1e9, speeds["flops"] / 1e9
-        lines.append(f"{gigabytes:.1f} GB/s read from memory, {gigaflops:.0f} GFLOP/s in bfloat16 products")
+        lines.append(f"{gigabytes:.1f} GB/s read from memory, {gigaflops:.0f} GFLOP/s in products of matrices")
     return lines
 
 
