@@ -8,7 +8,6 @@ through the experts on their way. Takes the extra `train`: `pip install -e .[tra
 
 import argparse
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -96,7 +95,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", default=Path(__file__).with_name("kimi-k26-tiny"), help="a checkpoint")
     parser.add_argument("--out", type=Path, default=Path("demo-output/lora-german"), help="the adapter (%(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="of training (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=3.75, help="of training at most, with fewer steps (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training at most, with fewer steps (%(default)s)")
     parser.add_argument("--rows", type=int, default=16, help="dialogues a step (%(default)s)")
     parser.add_argument("--cases", type=int, default=100, help="held out for the score (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of adapter and pictures (%(default)s)")
@@ -120,23 +119,19 @@ def main() -> None:
     model.train()
     begun = time.perf_counter()
     bar = tqdm(range(args.steps), desc="training")
-    another = lambda: training_batch(processor, [random_dialogue(rng) for _ in range(args.rows)])  # noqa: E731
-    ahead = ThreadPoolExecutor(1)  # the next batch is drawn while this one is learnt from
-    coming = ahead.submit(another)
     for step in bar:
         # The rate falls with the steps taken, or with the time where that runs out first.
         done = max(step / args.steps, (time.perf_counter() - begun) / (60 * args.minutes))
         if done >= 1:
             break
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - done)
-        batch, coming = coming.result(), ahead.submit(another)
+        batch = training_batch(processor, [random_dialogue(rng) for _ in range(args.rows)])
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    ahead.shutdown()
 
     after, example = score(model, processor, held_out)
     print(f"after:  {after:.0f} % right, such as {example!r}")
