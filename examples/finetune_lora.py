@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", default=Path(__file__).with_name("kimi-k26-tiny"), help="a checkpoint")
     parser.add_argument("--out", type=Path, default=Path("demo-output/lora-german"), help="the adapter (%(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="of training (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training at most, with fewer steps (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=3.75, help="of training at most, with fewer steps (%(default)s)")
     parser.add_argument("--rows", type=int, default=16, help="dialogues a step (%(default)s)")
     parser.add_argument("--cases", type=int, default=100, help="held out for the score (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of adapter and pictures (%(default)s)")
