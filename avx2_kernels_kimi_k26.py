@@ -26,7 +26,6 @@ typedef __m512i __m512bh;
 INLINE void keep(__m512i& a) { asm("" : "+x"(a.low), "+x"(a.high)); }
 
 // What is done to both halves alike.
-#define FLOATS1(name) INLINE __m512 _mm512_##name(__m512 a) { return {_mm256_##name(a.low), _mm256_##name(a.high)}; }
 #define FLOATS2(name) \
     INLINE __m512 _mm512_##name(__m512 a, __m512 b) { return {_mm256_##name(a.low, b.low), _mm256_##name(a.high, b.high)}; }
 #define FLOATS3(name) \

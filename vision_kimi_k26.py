@@ -14,9 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_kimi_k26 import KimiK26VisionConfig
-from .decoding_kimi_k26 import apply_linear
+from .decoding_kimi_k26 import apply_linear, serves
 from .experts_kimi_k26 import at_least_float32
-from .native_kimi_k26 import attention, is_plain, library
+from .native_kimi_k26 import attention, is_plain
 from .text_kimi_k26 import rotate_pairs
 
 
@@ -138,7 +138,7 @@ class KimiK26VisionBlock(GradientCheckpointingLayer):
             return self.library_attention(implementation, query, key, value, lengths)
         attend = eager_attention
         if implementation == "sdpa":
-            attend = native_attention if serves_attention(query) else F.scaled_dot_product_attention
+            attend = native_attention if serves(query) else F.scaled_dot_product_attention
         clips = []
         for qkv in zip(query.split(lengths), key.split(lengths), value.split(lengths)):
             out = attend(*(part.transpose(0, 1).unsqueeze(0) for part in qkv), scale=self.scaling)
@@ -176,17 +176,6 @@ def eager_attention(query, key, value, scale):
         weights = (some @ key.transpose(-1, -2) * scale).softmax(-1, dtype=at_least_float32(query.dtype))
         outs.append(weights.to(value.dtype) @ value)
     return torch.cat(outs, dim=2)
-
-
-def serves_attention(query: torch.Tensor) -> bool:
-    """Whether the CPU's own kernel can take the place of PyTorch's: bfloat16 without gradients."""
-    return (
-        query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and library() is not None
-    )
 
 
 def native_attention(query, key, value, scale):
