@@ -300,7 +300,7 @@ def test_low_precision_is_near(dtype, attn):
 def test_native_attention_sees_all_patches(patches, heads, size):
     generator = torch.Generator().manual_seed(patches)
     query, key, value = torch.randn(3, 1, heads, patches, size, generator=generator).bfloat16()
-    assert vision.serves_attention(query)
+    assert vision.serves(query)
     scale = 2 * size**-0.5
     exact = vision.eager_attention(query.double(), key.double(), value.double(), scale)
     apart = {
