@@ -26,6 +26,7 @@ from .native_kimi_k26 import (
     is_plain,
     knows_group,
     library,
+    many_rows,
 )
 
 
@@ -33,7 +34,7 @@ from .native_kimi_k26 import (
 KNOWN = {f"KimiK26{name}" for name in ("Attention", "Experts", "Int4Linear", "MLP", "MoE", "RMSNorm", "Router")} | {"Linear"}
 # Whether PyTorch's products in bfloat16 are fast: on processors without AVX-512 they have a seventh of the speed in float32.
 HAS_FAST_PRODUCTS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-SLOW_ROWS = 96  # up to so many, the kernel of few rows is faster than float32 then
+FEW = 16  # rows, up to which the kernel of few is faster than the one of many
 WIDENED = 2**20  # weights that are float32 at a time: what the second cache holds, and little to hold
 
 
@@ -439,13 +440,15 @@ def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`. Where PyTorch's products in bfloat16 are slow, by the kernel of few rows, or in float32
-    with the weights of some outputs at a time, and rounded once."""
+    """`torch.nn.functional.linear`. Where PyTorch's products in bfloat16 are slow by the native kernels; widths that they do not
+    know in float32, with the weights of some outputs at a time, and rounded once."""
     if HAS_FAST_PRODUCTS or not serves(x) or weight.dtype != x.dtype or not weight.is_contiguous():
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= SLOW_ROWS and bias is None:
-        out = few_rows(rows.contiguous(), weight)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if len(rows) <= FEW and bias is None:
+        out = few_rows(rows, weight)
+    elif weight.shape[1] % INPUTS == 0:
+        out = many_rows(rows, weight, bias)
     else:
         out, given = x.new_empty(len(rows), len(weight)), rows.float()
         step = max(1, WIDENED // weight.shape[1])

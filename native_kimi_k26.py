@@ -10,6 +10,7 @@ their place. Without a compiler or AVX2 `library()` is `None` and all runs on Py
 
 import ctypes
 import functools
+from typing import Optional
 
 import torch
 
@@ -17,10 +18,14 @@ from .attention_kernels_kimi_k26 import ATTENTION
 from .avx2_kernels_kimi_k26 import AVX2
 from .compiling_kimi_k26 import address, compiled, i64
 from .expert_kernels_kimi_k26 import EXPERTS
+from .integer_kernels_kimi_k26 import INTEGERS
 from .kernels_kimi_k26 import COMMON, INCLUDES
+from .panel_kernels_kimi_k26 import PANELS
+from .prefill_kernels_kimi_k26 import PREFILL
 
 
-SOURCE = f"{INCLUDES}namespace kimi {{{AVX2}{COMMON}{ATTENTION}{EXPERTS}}}\n"
+MANY_ROWS = f"#ifdef __AVX512BF16__{PANELS}#else{INTEGERS}#endif"
+SOURCE = f"{INCLUDES}namespace kimi {{{AVX2}{COMMON}{MANY_ROWS}{ATTENTION}{PREFILL}{EXPERTS}}}\n"
 NEEDED = {"avx2", "fma"}  # as /proc/cpuinfo has them; AVX-512 with bfloat16 products is used where it is
 INPUTS = 32  # all products run over multiples of so many inputs
 MOST_ROWS = 32  # that are few: above, unpacking weights for many rows and the matrix products of PyTorch are faster
@@ -118,7 +123,7 @@ def load(source: str):
     kernels = compiled("kernels", source, NEEDED, parallel=True, depends=torch.__version__)
     if kernels is None:
         return None
-    for function in ("attention", "prefill", "route", "experts", "many_experts", "dense", "linear", "dequantize", "norm", "rotate"):
+    for function in ("attention", "prefill", "route", "experts", "many_experts", "dense", "linear", "many_rows", "dequantize", "norm", "rotate"):
         getattr(kernels, f"kimi_{function}").restype = None
     kernels.kimi_decode.restype = i64
     return kernels
@@ -135,6 +140,15 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out = x.new_empty(x.shape[0], weight.shape[0])
     sizes = (i64(size) for size in (*weight.shape, x.shape[0]))
     library().kimi_linear(*addresses(weight), *sizes, *addresses(x, out), i64(torch.get_num_threads()))
+    return out
+
+
+def many_rows(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """`torch.nn.functional.linear(x, weight, bias)`, rounded once, for bfloat16 on the CPU: `(rows, inputs)`, `(outputs, inputs)`,
+    `(outputs,)` → `(rows, outputs)`, all contiguous; inputs are a multiple of `INPUTS`."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    given = (*addresses(weight), None if bias is None else address(bias.data_ptr()), *(i64(size) for size in (*weight.shape, x.shape[0])))
+    library().kimi_many_rows(*given, *addresses(x, out), i64(torch.get_num_threads()))
     return out
 
 

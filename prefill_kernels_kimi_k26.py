@@ -1,0 +1,262 @@
+"""The CPU's kernel of attention of many tokens over expanded keys and values: in bfloat16, or in integers (see `INTEGERS`)."""
+
+PREFILL = r"""
+// ---------------------------------------------------------------------------------------- many tokens over expanded keys
+
+struct Expanded {  // addresses, and strides in elements along (batch, token, head)
+    const bf16 *query, *turned, *key, *rotary, *value;
+    bf16* out;
+    i64 query_at[3], turned_at[3], key_at[3], rotary_at[3], value_at[3], out_at[3];
+    i64 batch, queries, keys, heads, nope, rope, v;
+    i64 first;  // place of the first query among the keys; each sees all up to itself
+    const uint8_t* mask; i64 mask_row;
+    float scale;
+};
+static inline i64 place(const i64* strides, i64 b, i64 token, i64 h) { return b * strides[0] + token * strides[1] + h * strides[2]; }
+
+enum { QUERIES = 32, GROUPS = QUERIES / LANES, HELD = 1 << 24 };  // queries of one head that read together; bytes of keys and values held at once
+
+// A head's queries from `q` on, and how many keys each sees; places without a query repeat the last one.
+struct Asked { i64 n, b, h, q; int32_t limits[QUERIES]; i64 tokens[QUERIES]; i64 keys; };
+
+// `Copied`: the keys and values of some heads as the products want them, and what reads them. `copy(b, h, n)` is called by all threads
+// for each head, `answer` by one for each of its blocks of queries.
+#ifdef __AVX512BF16__
+
+// Words (one[c], two[c]) of two rows, in order of the columns; a missing second row is zero.
+static inline void interleave(const bf16* one, const bf16* two, i64 size, uint32_t* to) {
+    alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (i64 c = 0; c < size; c += 32) {
+        const __m512i a = (__m512i)load32(one + c, first32(size - c)), b = two ? (__m512i)load32(two + c, first32(size - c)) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(a, first, b));
+        if (c + 16 < size) _mm512_storeu_si512(to + c + 16, _mm512_permutex2var_epi16(a, second, b));
+    }
+}
+
+// Each key with its rotary part, values in pairs, those of one head side by side.
+struct Copied {
+    enum { KEYS = 64, N = REGISTERS / 2 / GROUPS };
+    const Expanded& e;
+    const i64 size = e.nope + e.rope, pairs = (e.keys + 1) / 2, columns = (e.v + LANES - 1) / LANES * LANES;
+    const i64 pair_row = columns + LANES;  // a line more: rows whose distance is a power of two would meet in few places of a cache
+    bf16* keys;
+    uint32_t *values, *queries[MAX_THREADS];
+    Sums sums[MAX_THREADS];
+
+    i64 bytes() const { return e.keys * (size + pair_row) * sizeof(bf16); }  // of a head
+    void layout(i64 heads, i64 threads) {
+        keys = arena.take<bf16>(heads * e.keys * size);
+        values = arena.take<uint32_t>(heads * pairs * pair_row);
+        for (i64 t = 0; t < threads; t++) {
+            sums[t].layout(QUERIES, columns, KEYS);
+            queries[t] = arena.take<uint32_t>(QUERIES * size / 2);
+        }
+    }
+    void copy(i64 b, i64 h, i64 n) {
+        for (Share s(pairs); s.begin < s.end; s.begin++) {
+            const i64 k = s.begin * 2;
+            for (i64 i = k; i < std::min(k + 2, e.keys); i++) {
+                bf16* to = keys + (n * e.keys + i) * size;
+                memcpy(to, e.key + place(e.key_at, b, i, h), e.nope * sizeof(bf16));
+                memcpy(to + e.nope, e.rotary + place(e.rotary_at, b, i, 0), e.rope * sizeof(bf16));
+            }
+            const bf16* value = e.value + place(e.value_at, b, k, h);
+            interleave(value, k + 1 < e.keys ? value + e.value_at[1] : nullptr, e.v, values + (n * pairs + k / 2) * pair_row);
+        }
+    }
+    const Sums& answer(const Asked& a) {
+        const int me = omp_get_thread_num();
+        const Sums& s = sums[me];
+        const bf16 *still[QUERIES], *turning[QUERIES];
+        for (i64 i = 0; i < QUERIES; i++) {
+            still[i] = e.query + place(e.query_at, a.b, a.tokens[i], a.h);
+            turning[i] = e.turned + place(e.turned_at, a.b, a.tokens[i], a.h);
+        }
+        for (int g = 0; g < GROUPS; g++) {
+            pack(still + g * LANES, LANES, e.nope / 2, queries[me] + g * LANES, QUERIES);
+            pack(turning + g * LANES, LANES, e.rope / 2, queries[me] + e.nope / 2 * QUERIES + g * LANES, QUERIES);
+        }
+        const Reading reading = {{{queries[me], keys + a.n * e.keys * size, size, size}, {}}, a.limits,
+                                 e.mask ? e.mask + a.b * e.mask_row : nullptr, e.scale};
+        const uint32_t* mine = values + a.n * pairs * pair_row;
+        attend<GROUPS, KEYS>(reading, 0, a.keys, s, [&](i64 first, i64 count, const __m512 (&shrink)[GROUPS]) {
+            for (i64 column = 0; column < columns; column += N) {
+                __m512 sum[N][GROUPS];
+                float* read = s.read + column * QUERIES;
+                for (int i = 0; i < N; i++)
+                    for (int g = 0; g < GROUPS; g++) sum[i][g] = _mm512_mul_ps(_mm512_loadu_ps(read + (i * GROUPS + g) * LANES), shrink[g]);
+                lanes<GROUPS, N>(s.weights, mine + first / 2 * pair_row + column, 1, pair_row, (count + 1) / 2, sum);
+                for (int i = 0; i < N; i++)
+                    for (int g = 0; g < GROUPS; g++) _mm512_storeu_ps(read + (i * GROUPS + g) * LANES, sum[i][g]);
+            }
+        });
+        return s;
+    }
+};
+#else
+
+// Both products are those of rows with a panel that has queries for outputs. In the first, rows are keys; in the second they are
+// columns of values, with the keys for inputs: each stretch of keys has weights of a scale of its own, so small ones are not lost.
+struct Copied {
+    enum { KEYS = 96 };  // a multiple of stretches, and of the rows that registers hold
+    const Expanded& e;
+    const i64 size = (e.nope + e.rope + STRETCH - 1) / STRETCH * STRETCH, keys_there = (e.keys + STRETCH - 1) / STRETCH * STRETCH;
+    const i64 columns = (e.v + LANES - 1) / LANES * LANES, key_row = paired_size(size);
+    const i64 value_row = paired_size(keys_there) + LANES;  // a line more: rows whose distance is a power of two would meet in few places of a cache
+    uint32_t *keys, *values;  // rows of pairs: (heads, keys) and (heads, columns)
+    struct Mine { bf16* rows; Panel queries, weights; Sums sums; } benches[MAX_THREADS];
+
+    i64 bytes() const { return (e.keys * key_row + columns * value_row) * sizeof(uint32_t); }  // of a head
+    void layout(i64 heads, i64 threads) {
+        keys = arena.take<uint32_t>(heads * e.keys * key_row);
+        values = arena.take<uint32_t>(heads * columns * value_row);
+        for (i64 t = 0; t < threads; t++) {
+            Mine& mine = benches[t];
+            mine.rows = arena.take<bf16>(QUERIES * size);
+            mine.queries = {arena.take<uint32_t>(panel_words(size, 0)), arena.take<float>(size / STRETCH * PANEL)};
+            mine.weights = {arena.take<uint32_t>(panel_words(KEYS, 0)), arena.take<float>(KEYS / STRETCH * PANEL)};
+            mine.sums.layout(QUERIES, columns, KEYS);
+        }
+    }
+    // One row of two parts; what is missing at the end is zero.
+    void join(bf16* to, const bf16* still, const bf16* turning) const {
+        memcpy(to, still, e.nope * sizeof(bf16));
+        memcpy(to + e.nope, turning, e.rope * sizeof(bf16));
+        memset(to + e.nope + e.rope, 0, (size - e.nope - e.rope) * sizeof(bf16));
+    }
+    void copy(i64 b, i64 h, i64 n) {
+        bf16* row = benches[omp_get_thread_num()].rows;
+        for (Share s(e.keys); s.begin < s.end; s.begin++) {
+            join(row, e.key + place(e.key_at, b, s.begin, h), e.rotary + place(e.rotary_at, b, s.begin, 0));
+            uint32_t* to = keys + (n * e.keys + s.begin) * key_row;
+            for (i64 i = 0; i < size; i += STRETCH) put_pairs(to, size, i, _mm512_loadu_si512(row + i), false);
+        }
+        for (Share s(keys_there, STRETCH); s.begin < s.end; s.begin += STRETCH)
+            for (i64 column = 0; column < columns; column += LANES) {
+                __m512i turned[LANES];
+                const auto load = [&](i64 k) {
+                    return k < e.keys ? _mm256_maskz_loadu_epi16(first16(e.v - column), e.value + place(e.value_at, b, k, h) + column) : _mm256_setzero_si256();
+                };
+                for (int p = 0; p < LANES; p++) {
+                    const __m256i one = load(s.begin + 2 * p), two = load(s.begin + 2 * p + 1);
+                    const __m256i low = _mm256_unpacklo_epi16(one, two), high = _mm256_unpackhi_epi16(one, two);
+                    turned[p] = {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+                }
+                transpose16(turned);
+                for (int c = 0; c < LANES; c++) put_pairs(values + (n * columns + column + c) * value_row, keys_there, s.begin, turned[c], false);
+            }
+    }
+    const Sums& answer(const Asked& a) {
+        const Mine& mine = benches[omp_get_thread_num()];
+        const Sums& s = mine.sums;
+        const __m512 never = _mm512_set1_ps(-INFINITY);
+        for (i64 i = 0; i < QUERIES; i++)
+            join(mine.rows + i * size, e.query + place(e.query_at, a.b, a.tokens[i], a.h), e.turned + place(e.turned_at, a.b, a.tokens[i], a.h));
+        fill(mine.queries, {mine.rows, nullptr}, 0, QUERIES, size, 0);
+        for (i64 i = 0; i < size / STRETCH * PANEL; i++) mine.queries.scales[i] *= e.scale;
+        memset(s.read, 0, s.read_size * sizeof(float));
+        for (int q = 0; q < QUERIES; q++) { s.best[q] = -INFINITY; s.total[q] = 0; }
+        const uint32_t *key = keys + a.n * e.keys * key_row, *value = values + a.n * columns * value_row;
+        for (i64 block = 0; block < a.keys; block += KEYS, key += KEYS * key_row, value += KEYS / 2) {
+            const i64 there = std::min<i64>(a.keys - block, KEYS), stretches = (there + STRETCH - 1) / STRETCH;
+            memset(s.scores, 0, there * QUERIES * sizeof(float));
+            meet(mine.queries, 1, key, (const float*)key + size / 2, there, key_row, size / STRETCH, s.scores);
+            hide(a, block, there, stretches * STRETCH, s.scores);
+            bool shrinks = false;
+            for (int at = 0; at < QUERIES; at += LANES) {
+                const __m512 before = _mm512_loadu_ps(s.best + at);
+                __m512 tops[KEYS / STRETCH], best = before;
+                for (i64 n = 0; n < stretches; n++) {
+                    tops[n] = never;
+                    for (i64 k = n * STRETCH; k < (n + 1) * STRETCH; k++) tops[n] = _mm512_max_ps(tops[n], _mm512_loadu_ps(s.scores + k * QUERIES + at));
+                    best = _mm512_max_ps(best, tops[n]);
+                }
+                // Where all is hidden so far any finite number serves: every weight becomes zero.
+                const auto finite = [&](__m512 top) { return _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps()); };
+                const __m512 shrink = exp16(_mm512_sub_ps(before, finite(best)));
+                __m512 total = _mm512_mul_ps(_mm512_loadu_ps(s.total + at), shrink);
+                for (i64 n = 0; n < stretches; n++) {
+                    const __m512 from = finite(tops[n]), factor = exp16(_mm512_sub_ps(tops[n], finite(best)));
+                    __m512 sum = _mm512_setzero_ps();
+                    for (i64 p = n * STRETCH / 2; p < (n + 1) * STRETCH / 2; p++) {
+                        const __m512 one = exp16(_mm512_sub_ps(_mm512_loadu_ps(s.scores + 2 * p * QUERIES + at), from));
+                        const __m512 two = exp16(_mm512_sub_ps(_mm512_loadu_ps(s.scores + (2 * p + 1) * QUERIES + at), from));
+                        sum = _mm512_add_ps(sum, _mm512_add_ps(one, two));
+                        const auto pair = [](__m256 low, __m256 high) {
+                            const __m256 most = _mm256_set1_ps(MOST_WEIGHT);
+                            return _mm256_or_si256(_mm256_cvtps_epi32(_mm256_mul_ps(low, most)), _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(high, most)), 16));
+                        };
+                        _mm512_storeu_si512(mine.weights.words + p * PANEL + at, {pair(one.low, two.low), pair(one.high, two.high)});
+                    }
+                    total = _mm512_fmadd_ps(sum, factor, total);
+                    _mm512_storeu_ps(mine.weights.scales + n * PANEL + at, _mm512_mul_ps(factor, _mm512_set1_ps(1.0f / MOST_WEIGHT)));
+                }
+                _mm512_storeu_ps(s.best + at, best);
+                _mm512_storeu_ps(s.total + at, total);
+                for (i64 c = 0; c < columns; c++) {
+                    float* read = s.read + c * QUERIES + at;
+                    _mm512_storeu_ps(read, _mm512_mul_ps(_mm512_loadu_ps(read), shrink));
+                }
+            }
+            meet(mine.weights, 1, value, (const float*)value + keys_there / 2 - block / 2 + block / STRETCH, columns, value_row, stretches, s.read);
+        }
+        return s;
+    }
+    // Scores of keys that are not there, or that a query must not see, to the lowest there is.
+    void hide(const Asked& a, i64 block, i64 there, i64 end, float* scores) const {
+        const __m512 never = _mm512_set1_ps(-INFINITY);
+        for (i64 k = 0; k < end; k++) {
+            const bool seen = k < there && !(e.mask && !e.mask[a.b * e.mask_row + block + k]);
+            if (seen && block + k < a.limits[0]) continue;  // the first query sees the fewest
+            for (int at = 0; at < QUERIES; at += LANES) {
+                const __mmask16 hidden = _mm512_cmple_epi32_mask(_mm512_loadu_si512(a.limits + at), _mm512_set1_epi32(block + k));
+                _mm512_mask_storeu_ps(scores + k * QUERIES + at, seen ? hidden : 0xffff, never);
+            }
+        }
+    }
+};
+#endif
+
+// Attention of many tokens over the expanded keys and values of some heads. They are copied first, a few heads at a time.
+extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
+    const Expanded& e = *given;
+    Copied copied = {e};
+    const i64 heads = e.batch * e.heads, some_heads = std::clamp<i64>(HELD / copied.bytes(), 1, heads);
+    arena.layout([&] { copied.layout(some_heads, threads); });
+    const i64 blocks = (e.queries + QUERIES - 1) / QUERIES;
+    #pragma omp parallel num_threads(threads)
+    for (i64 start = 0; start < heads; start += some_heads) {
+        const i64 held = std::min(some_heads, heads - start);
+        for (i64 n = 0; n < held; n++) copied.copy((start + n) / e.heads, (start + n) % e.heads, n);
+        #pragma omp barrier
+        #pragma omp for schedule(dynamic, 1)
+        for (i64 unit = 0; unit < blocks * held; unit++) {
+            const i64 n = unit % held;
+            // The longest first: the last queries see the most keys.
+            Asked a = {n, (start + n) / e.heads, (start + n) % e.heads, (blocks - 1 - unit / held) * QUERIES};
+            const i64 some = std::min<i64>(e.queries - a.q, QUERIES);
+            for (i64 i = 0; i < QUERIES; i++) {
+                a.tokens[i] = a.q + std::min(i, some - 1);
+                a.limits[i] = e.first + a.tokens[i] + 1;
+            }
+            a.keys = std::min<i64>(a.limits[some - 1], e.keys);
+            const Sums& s = copied.answer(a);
+            for (i64 d = 0; d < e.v; d += LANES) {
+                const __mmask16 there = first16(e.v - d);
+                for (int g = 0; g < GROUPS; g++) {
+                    const __m512 sum = _mm512_loadu_ps(s.total + g * LANES);
+                    const __m512 factor = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NLE_UQ), _mm512_set1_ps(1), sum);
+                    __m512 column[LANES], row[LANES];
+                    for (int c = 0; c < LANES; c++)
+                        column[c] = _mm512_mul_ps(_mm512_loadu_ps(s.read + (d + c) * QUERIES + g * LANES), factor);
+                    rows_of(column, 1, row);
+                    for (i64 i = g * LANES; i < std::min<i64>(some, (g + 1) * LANES); i++)
+                        _mm256_mask_storeu_epi16(e.out + place(e.out_at, a.b, a.q + i, a.h) + d, there, narrow16(row[i - g * LANES]));
+                }
+            }
+        }
+    }
+}
+"""
