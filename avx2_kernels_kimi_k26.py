@@ -89,7 +89,10 @@ template <class Value, class Vector> static __attribute__((noinline)) void store
 INLINE __m512i _mm512_maskz_loadu_epi16(__mmask32 there, const void* at) { return there == ~0u ? _mm512_loadu_si512(at) : load_some<__m512i, uint16_t>(there, at); }
 INLINE __m512i _mm512_maskz_loadu_epi32(__mmask16 there, const void* at) { return there == 0xffff ? _mm512_loadu_si512(at) : load_some<__m512i, uint32_t>(there, at); }
 INLINE __m512 _mm512_maskz_loadu_ps(__mmask16 there, const void* at) { return there == 0xffff ? _mm512_loadu_ps(at) : load_some<__m512, float>(there, at); }
-INLINE __m256i _mm256_maskz_loadu_epi16(__mmask16 there, const void* at) { return there == 0xffff ? _mm256_loadu_si256((const __m256i*)at) : load_some<__m256i, uint16_t>(there, at); }
+INLINE __m256i _mm256_maskz_loadu_epi16(__mmask16 there, const void* at) {
+    if (there == 0xffff) return _mm256_loadu_si256((const __m256i*)at);
+    return there == 0xff ? _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)at)) : load_some<__m256i, uint16_t>(there, at);
+}
 INLINE __m128i _mm_maskz_loadu_epi16(__mmask8 there, const void* at) { return there == 0xf ? _mm_loadl_epi64((const __m128i*)at) : load_some<__m128i, uint16_t>(there, at); }
 INLINE void _mm512_mask_storeu_ps(void* at, __mmask16 there, __m512 a) { if (there == 0xffff) _mm512_storeu_ps(at, a); else store_some<float>(at, there, a); }
 INLINE void _mm512_mask_storeu_epi32(void* at, __mmask16 there, __m512i a) { if (there == 0xffff) _mm512_storeu_si512(at, a); else store_some<uint32_t>(at, there, a); }

@@ -19,14 +19,6 @@ static inline __m512 swish(__m512 gate, __m512 up) {  // bf16(silu(gate)) * up
     return _mm512_mul_ps(rounded16(s), rounded16(up));
 }
 
-// Sixteen values from place `o` of a row on, put where `spread` would.
-static inline void store_spread(bf16* row, i64 o, __m256i values) {
-    const __m256i by_place = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    alignas(32) uint64_t four[4];
-    _mm256_store_si256((__m256i*)four, _mm256_permutexvar_epi16(by_place, values));
-    for (int n = 0; n < 4; n++) memcpy(spread_place(row, o + n), four + n, sizeof *four);
-}
-
 // inner[r][from … to] = silu(gate) * up of one network, for a block of outputs; where it is one of INT4 words, x and inner
 // are spread.
 static void gate_up(const Expert& e, i64 from, i64 to, const bf16* const* x, i64 rows, i64 k, i64 group, bf16* const* inner,
@@ -192,13 +184,6 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
         if (f.gate) products(common.down, begin, end, mine.x, rows, f.width, 0, finish);
         else for (i64 o = begin; o < end; o += BLOCK) for (i64 r = 0; r < rows; r++) finish(o, r, _mm512_setzero_ps(), first16(end - o));
     }
-}
-
-// Let the weights of some outputs come nearer while others are being multiplied.
-static void ask_for(Matrix m, i64 from, i64 k) {
-    const i64 row = m.scales ? k / 2 : k * 2;  // bytes
-    const char* begin = (const char*)m.values + from * row;
-    for (const char* at = begin; at < begin + PANEL * row; at += 64) _mm_prefetch(at, _MM_HINT_T1);
 }
 
 // The weighted sum of each row's experts, for many rows. All threads work on one expert, each on outputs of its own.

@@ -7,10 +7,11 @@ of bfloat16 that they come with.
 """
 
 INTEGERS = r"""
-// ---------------------------------------------------------------------------------------- panels, in integers
+// ---------------------------------------------------------------------------------------- integers of sixteen bits
 
-// Outputs of a panel; rows that registers hold; values that have one scale; the largest integers, 32 of whose products fit a word.
-enum { PANEL = 32, HEIGHT = 6, STRETCH = 32, MOST_GIVEN = 16383, MOST_WEIGHT = 4095 };
+// Outputs of a panel; rows that registers hold; values that have one scale; inputs of a panel that the nearest cache holds; the largest
+// integers, 32 of whose products fit a word.
+enum { PANEL = 32, HEIGHT = 6, STRETCH = 32, DEPTH = 512, MOST_GIVEN = 16383, MOST_WEIGHT = 4095 };
 static const float LEAST = 1e-30f;  // what has no larger value is zero: its scale could not be divided by
 
 // Thirty-two bfloat16 values as integers, in order; returns their scale, which is NaN if one is not finite.
@@ -35,6 +36,106 @@ static inline float to_integers(__m512i x, __m512i& to) {
     return top / MOST_GIVEN;
 }
 
+// ---------------------------------------------------------------------------------------- INT4 words and few rows
+
+// A spread row has the values themselves, then units of 64 inputs, which a line of INT4 words has in two halves of one group or more:
+// its integers in two bytes, upper and lower, of even and of odd inputs; of each half what is too much, as INT4 values are stored as
+// v + 8; and its scale.
+enum { UNIT = 64, SPREAD = 96 };  // inputs, and words of sixteen bits, of a unit
+struct Unit { __m256i upper[2], lower[2], less; __m256 scale; };
+static inline i64 spread_size(i64 k) { return k + (k + UNIT - 1) / UNIT * SPREAD; }
+static inline void store_spread(bf16* row, i64 o, __m256i values) { _mm256_storeu_si256((__m256i*)(row + o), values); }
+static void complete(bf16* row, i64 k) {  // once the values are there
+    bf16* to = row + k;
+    for (i64 i = 0; i < k; i += UNIT, to += SPREAD) {
+        Unit unit;
+        __m256i bytes[2][2];  // of each half: upper ones of even inputs, then of odd ones; lower ones
+        float scale[2]; int less[2];
+        for (int half = 0; half < 2; half++) {
+            __m512i values = _mm512_setzero_si512();
+            scale[half] = i + half * 32 < k ? to_integers(_mm512_loadu_si512(row + i + half * 32), values) : 0;
+            const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(values.low, _mm256_set1_epi16(-8)), _mm256_madd_epi16(values.high, _mm256_set1_epi16(-8)));
+            int all[8];
+            _mm256_storeu_si256((__m256i*)all, sum);
+            less[half] = 0;
+            for (int n = 0; n < 8; n++) less[half] += all[n];
+            const auto evens_and_odds = [&](__m256i low, __m256i high) {  // of 32 bytes
+                const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+                const __m256i all = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);
+                return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(all, order), 0xd8);
+            };
+            bytes[half][0] = evens_and_odds(_mm256_srai_epi16(values.low, 7), _mm256_srai_epi16(values.high, 7));
+            const __m256i rest = _mm256_set1_epi16(127);
+            bytes[half][1] = evens_and_odds(_mm256_and_si256(values.low, rest), _mm256_and_si256(values.high, rest));
+        }
+        for (int odd = 0; odd < 2; odd++) {
+            unit.upper[odd] = odd ? _mm256_permute2x128_si256(bytes[0][0], bytes[1][0], 0x31) : _mm256_permute2x128_si256(bytes[0][0], bytes[1][0], 0x20);
+            unit.lower[odd] = odd ? _mm256_permute2x128_si256(bytes[0][1], bytes[1][1], 0x31) : _mm256_permute2x128_si256(bytes[0][1], bytes[1][1], 0x20);
+        }
+        unit.less = _mm256_setr_epi32(less[0], 0, 0, 0, less[1], 0, 0, 0);
+        unit.scale = _mm256_setr_ps(scale[0], scale[0], scale[0], scale[0], scale[1], scale[1], scale[1], scale[1]);
+        memcpy(to, &unit, sizeof unit);
+    }
+}
+static void spread(const bf16* x, i64 k, bf16* to) {
+    memcpy(to, x, k * sizeof(bf16));
+    complete(to, k);
+}
+
+// y[r][o] = w[o] . x[r] for INT4 words and spread x: each byte of x is multiplied by two INT4 values at once, and the sums of each half
+// of a unit are scaled. Two rows of w share what is loaded of x, as long as registers hold it.
+template <int O, int R>
+static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {
+    const i64 groups = k / group;
+    const int shift = __builtin_ctzll(group);  // a group has 2^shift inputs
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), weight_of_upper = _mm256_set1_epi16(128);
+    const __m256i second = _mm256_setr_epi32(16, 16, 16, 16, 0, 0, 0, 0), upper = _mm256_set1_epi32(0xffff0000);
+    constexpr int N = O < 2 || R > 2 ? 1 : 2;  // rows of w at a time
+    __m512 sum[R][O];
+    #pragma GCC unroll 4
+    for (int o = 0; o < O; o += N, w += N * k / 2, scales += N * groups) {
+        __m256 total[N][R];
+        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) total[n][r] = _mm256_setzero_ps();
+        const auto meet = [&](i64 i, auto load, auto pair_of_scales) {
+            __m256i even[N], odd[N];
+            __m256 scale[N];
+            for (int n = 0; n < N; n++) {
+                ask_ahead(w + (n * k + i) / 2);
+                const __m256i words = load(w + (n * k + i) / 2);
+                even[n] = _mm256_and_si256(words, low);
+                odd[n] = _mm256_and_si256(_mm256_srli_epi16(words, 4), low);
+                const __m256i both = _mm256_set1_epi32(pair_of_scales(scales + n * groups));
+                scale[n] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_sllv_epi32(both, second), upper));
+            }
+            for (int r = 0; r < R; r++) {
+                const Unit& unit = *(const Unit*)(x[r] + k + i / UNIT * SPREAD);
+                const auto at = [](const void* from) { return _mm256_loadu_si256((const __m256i*)from); };
+                const __m256i upper[2] = {at(unit.upper), at(unit.upper + 1)}, lower[2] = {at(unit.lower), at(unit.lower + 1)};
+                const __m256i less = at(&unit.less);
+                const __m256 given = _mm256_castsi256_ps(at(&unit.scale));
+                for (int n = 0; n < N; n++) {
+                    const __m256i large = _mm256_add_epi16(_mm256_maddubs_epi16(even[n], upper[0]), _mm256_maddubs_epi16(odd[n], upper[1]));
+                    const __m256i small = _mm256_add_epi16(_mm256_maddubs_epi16(even[n], lower[0]), _mm256_maddubs_epi16(odd[n], lower[1]));
+                    const __m256i all = _mm256_add_epi32(_mm256_add_epi32(_mm256_madd_epi16(large, weight_of_upper), less), _mm256_madd_epi16(small, ones));
+                    total[n][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), _mm256_mul_ps(scale[n], given), total[n][r]);
+                }
+            }
+        };
+        i64 i = 0;
+        const auto load = [](const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); };
+        const auto one = [&](const bf16* at) { return at[i >> shift] * 0x10001u; };
+        if (group == 32)
+            for (; i + UNIT <= k; i += UNIT) meet(i, load, [&](const bf16* at) { uint32_t two; memcpy(&two, at + i / 32, 4); return two; });
+        else
+            for (; i + UNIT <= k; i += UNIT) meet(i, load, one);
+        if (i < k) meet(i, [](const uint8_t* at) { return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)at)); }, one);
+        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) sum[r][o + n] = {total[n][r], _mm256_setzero_ps()};
+    }
+    settle<O, R>(sum, y);
+}
+
+// ---------------------------------------------------------------------------------------- many rows: panels of weights
+
 // One row as panels want it, in words: pairs of inputs, then the scales. A pair has the inputs that a shift of INT4 words brings
 // together: of eight the first and the fifth, and so on; of bfloat16 neighbours.
 static inline i64 paired_size(i64 k) { return k / 2 + k / STRETCH; }
@@ -48,52 +149,88 @@ static inline void put_pairs(uint32_t* row, i64 k, i64 at, __m512i x, bool packe
 
 // Weights are turned, a panel of outputs at a time, so that each output has a lane of a vector.
 struct Panel { uint32_t* words; float* scales; };  // (pairs of a row, PANEL), (scales of a row, PANEL)
-static inline i64 panel_words(i64 k, i64 group) { return k / 2 * PANEL; }
+static inline i64 panel_words(i64 k, i64 group) { return std::min<i64>(k, DEPTH) / 2 * PANEL; }
 
-// Sixteen pairs of weights of eight outputs, one to a lane; returns the scales.
-static inline __m256 to_integers(const __m256i* x, i64 step, uint32_t* to) {
+static inline void transpose8(__m256i* r) {  // 8 x 8 words
+    __m256i t[8];
+    for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 2; j++) {
+            r[4 * i + 2 * j] = _mm256_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+            r[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {
+        const __m256i low = r[i], high = r[4 + i];
+        t[i] = _mm256_permute2x128_si256(low, high, 0x20);
+        t[4 + i] = _mm256_permute2x128_si256(low, high, 0x31);
+    }
+    for (int i = 0; i < 8; i++) r[i] = t[i];
+}
+
+// Sixteen pairs of bfloat16 weights of eight outputs, one to a lane, as integers; returns the scales.
+static inline __m256 to_integers(const __m256i* x, uint32_t* to) {
     const __m256i size = _mm256_set1_epi16(0x7fff), upper = _mm256_set1_epi32(0xffff0000);
     __m256i larger = _mm256_setzero_si256();
-    for (int p = 0; p < STRETCH / 2; p++) larger = _mm256_max_epi16(larger, _mm256_and_si256(x[p * step], size));
+    for (int p = 0; p < STRETCH / 2; p++) larger = _mm256_max_epi16(larger, _mm256_and_si256(x[p], size));
     larger = _mm256_slli_epi32(_mm256_max_epi16(larger, _mm256_srli_epi32(larger, 16)), 16);
     const __m256 top = _mm256_castsi256_ps(larger), some = _mm256_cmp_ps(top, _mm256_set1_ps(LEAST), _CMP_GT_OQ);
     const __m256 endless = _mm256_castsi256_ps(_mm256_cmpgt_epi32(larger, _mm256_set1_epi32(0x7f7fffff)));
     const __m256 factor = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(MOST_WEIGHT), top));
     for (int p = 0; p < STRETCH / 2; p++) {
-        const __m256i one = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x[p * step], 16)), factor));
-        const __m256i two = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(x[p * step], upper)), factor));
+        const __m256i one = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x[p], 16)), factor));
+        const __m256i two = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(x[p], upper)), factor));
         _mm256_storeu_si256((__m256i*)(to + p * PANEL), _mm256_blend_epi16(one, _mm256_slli_epi32(two, 16), 0xaa));
     }
     return _mm256_or_ps(_mm256_and_ps(some, _mm256_mul_ps(top, _mm256_set1_ps(1.0f / MOST_WEIGHT))), endless);
 }
 
-// Outputs `from` on, of which there are `outputs`; the last stands for those that are missing.
-static void fill(Panel to, Matrix m, i64 from, i64 outputs, i64 k, i64 group) {
-    const i64 words = m.scales ? k / 8 : k / 2, groups = m.scales ? k / group : 0;
-    for (i64 half = 0; half < PANEL; half += LANES) {
-        const auto row = [&](int o) { return std::min(from + half + o, outputs - 1); };
-        __m512i turned[LANES];
-        for (i64 t = 0; t < words; t += LANES) {
-            const i64 some = std::min<i64>(LANES, words - t);
-            for (int o = 0; o < LANES; o++) turned[o] = _mm512_maskz_loadu_epi32(first16(some), (const uint32_t*)m.values + row(o) * words + t);
-            transpose16(turned);
-            if (!m.scales) {
-                float* scales = to.scales + t / LANES * PANEL + half;
-                for (int eight = 0; eight < 2; eight++)
-                    _mm256_storeu_ps(scales + eight * 8, to_integers((const __m256i*)turned + eight, 2, to.words + t * PANEL + half + eight * 8));
-                continue;
-            }
-            for (i64 i = 0; i < some; i++)
-                for (int n = 0; n < 4; n++) {  // stored as v + 8
-                    const __m512i values = _mm512_and_si512(_mm512_srli_epi16(turned[i], 4 * n), _mm512_set1_epi16(15));
-                    _mm512_storeu_si512(to.words + ((t + i) * 4 + n) * PANEL + half, _mm512_add_epi16(values, _mm512_set1_epi16(-8)));
+// Inputs `begin` to `end` of outputs `from` on, of which there are `outputs`; the last stands for those that are missing.
+static void fill(Panel to, Matrix m, i64 from, i64 outputs, i64 begin, i64 end, i64 k, i64 group) {
+    const i64 words = (end - begin) / (m.scales ? 8 : 2), groups = m.scales ? std::max<i64>((end - begin) / group, 1) : 0;
+    const int shift = __builtin_ctzll(group | 1ull << 62);  // a group has 2^shift inputs
+    for (i64 lane = 0; lane < PANEL; lane += 8, to.words += 8, to.scales += 8) {
+        i64 row[8];
+        for (int o = 0; o < 8; o++) row[o] = std::min(from + lane + o, outputs - 1) * k + begin;
+        if (!m.scales)
+            for (i64 t = 0; t < words; t += STRETCH / 2) {
+                __m256i turned[16];
+                for (int half = 0; half < 2; half++) {
+                    for (int o = 0; o < 8; o++) turned[half * 8 + o] = _mm256_loadu_si256((const __m256i*)((const bf16*)m.values + row[o] + 2 * t) + half);
+                    transpose8(turned + half * 8);
                 }
+                _mm256_storeu_ps(to.scales + t / (STRETCH / 2) * PANEL, to_integers(turned, to.words + t * PANEL));
+            }
+        else {
+            i64 t = 0;
+            const auto next = [&](auto some) {
+                const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(some), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+                __m256i turned[8];
+                for (int o = 0; o < 8; o++) turned[o] = _mm256_maskload_epi32((const int*)((const uint8_t*)m.values + row[o] / 2) + t, there);
+                transpose8(turned);
+                for (int i = 0; i < some; i++)
+                    for (int n = 0; n < 4; n++) {  // stored as v + 8
+                        const __m256i values = _mm256_and_si256(n ? _mm256_srli_epi16(turned[i], 4 * n) : turned[i], _mm256_set1_epi16(15));
+                        _mm256_storeu_si256((__m256i*)(to.words + ((t + i) * 4 + n) * PANEL), _mm256_sub_epi16(values, _mm256_set1_epi16(8)));
+                    }
+                t += some;
+            };
+            while (t + 8 <= words) next(std::integral_constant<int, 8>());
+            if (t < words) next((int)(words - t));
         }
-        for (i64 g = 0; g < groups; g += LANES) {
-            const i64 some = std::min<i64>(LANES, groups - g);
-            for (int o = 0; o < LANES; o++) turned[o] = _mm512_castps_si512(wide16(m.scales + row(o) * groups + g, first16(some)));
-            transpose16(turned);
-            for (i64 i = 0; i < some; i++) _mm512_storeu_si512(to.scales + (g + i) * PANEL + half, turned[i]);
+        for (i64 g = 0; g < groups; g += 8) {
+            const int some = std::min<i64>(groups - g, 8);
+            __m256i turned[8];
+            for (int o = 0; o < 8; o++) {
+                const bf16* at = m.scales + (row[o] >> shift) + g;
+                bf16 all[8] = {};
+                if (some < 8) for (int i = 0; i < some; i++) all[i] = at[i];
+                turned[o] = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(some < 8 ? all : at))), 16);
+            }
+            transpose8(turned);
+            for (int i = 0; i < some; i++) _mm256_storeu_si256((__m256i*)(to.scales + (g + i) * PANEL), turned[i]);
         }
     }
 }
@@ -115,8 +252,8 @@ template <int R> static __attribute__((noinline)) void meet(Panel w, i64 same, c
             for (int r = 0; r < R; r++) {
                 __m256i given, product;
                 asm volatile("vpbroadcastd %1, %0" : "=x"(given) : "m"(x[r * row + p]));
-                for (int v = 0; v < 2; v++)
-                    asm volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(part[r][v]), "=&x"(product) : "x"(given), "x"(weight[v]));
+                asm volatile("vpmaddwd %4, %2, %3\n\tvpmaddwd %5, %2, %2\n\tvpaddd %3, %0, %0\n\tvpaddd %2, %1, %1"
+                             : "+x"(part[r][0]), "+x"(part[r][1]), "+x"(given), "=&x"(product) : "x"(weight[0]), "x"(weight[1]));
             }
         }
         for (int v = 0; v < 2; v++) {
@@ -148,10 +285,18 @@ static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 
         }
 }
 
+static void ask_for(Matrix, i64, i64) {}  // nothing long before it is needed
+
 // y[r] = outputs `from` on of a matrix, a panel of them, for all rows.
 static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint32_t* x, i64 rows, i64 row, i64 k, float* y) {
-    fill(w, m, from, outputs, k, group);
     memset(y, 0, rows * PANEL * sizeof(float));
-    meet(w, m.scales ? group / STRETCH : 1, x, (const float*)x + k / 2, rows, row, k / STRETCH, y);
+    // All lines at once, in order: filled are eight rows at a time, which memory is slower to answer.
+    const auto at = [&](i64 o) { return (const char*)m.values + (m.scales ? o * k / 2 : o * k * 2); };
+    for (const char *line = at(from), *end = at(std::min(from + PANEL, outputs)); line < end; line += 64) _mm_prefetch(line, _MM_HINT_T0);
+    for (i64 begin = 0; begin < k; begin += DEPTH) {
+        const i64 end = std::min<i64>(begin + DEPTH, k);
+        fill(w, m, from, outputs, begin, end, k, group);
+        meet(w, m.scales ? group / STRETCH : 1, x + begin / 2, (const float*)x + k / 2 + begin / STRETCH, rows, row, (end - begin) / STRETCH, y);
+    }
 }
 """

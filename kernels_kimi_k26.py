@@ -143,88 +143,9 @@ struct Matrix {
     const bf16* scales;  // null: `values` are bfloat16
 };
 
-// INT4 values are unpacked a line of memory at a time. Set into the lower bits of the bfloat16 number 128 a value v, stored
-// as v + 8, becomes 136 + v; what that is too much is taken off each sum. x comes `spread` for it: of each unit the
-// values at places 4 * i, then those at 4 * i + 1, 4 * i + 2, 4 * i + 3, then sixteen sums to begin with, in float. A last
-// unit that is not full has zeros.
-enum { UNIT = 128, SPREAD = UNIT + 32 };
-static inline __m512bh unpacked(__m512i words, int n) {  // values at places 4 * i + n
-    const __m512i some = n ? _mm512_srli_epi16(words, 4 * n) : words;
-    return (__m512bh)_mm512_ternarylogic_epi32(some, _mm512_set1_epi16(0x000f), _mm512_set1_epi16(0x4300), 0xea);  // (a & b) | c
-}
-static inline __m512 too_much(const bf16* unit) {  // four times 32 values, however they stand
-    const __m512bh less = (__m512bh)_mm512_set1_epi16((short)narrow(-136));
-    __m512 sum = _mm512_setzero_ps();
-    for (int n = 0; n < 4; n++) sum = _mm512_dpbf16_ps(sum, less, load32(unit + n * 32));
-    return sum;
-}
-
-static inline i64 spread_size(i64 k) { return (k + UNIT - 1) / UNIT * SPREAD; }
-static inline bf16* spread_place(bf16* row, i64 k) { return row + k / UNIT * SPREAD + k % 4 * (UNIT / 4) + k % UNIT / 4; }
-static void complete(bf16* row, i64 k) {  // once the values are there
-    for (i64 unit = 0; unit < k; unit += UNIT, row += SPREAD) _mm512_storeu_ps(row + UNIT, too_much(row));
-}
-static void spread(const bf16* x, i64 k, bf16* to) {
-    if (k % UNIT) memset(to + k / UNIT * SPREAD, 0, SPREAD * sizeof(bf16));
-    for (i64 i = 0; i < k; i++) *spread_place(to, i) = x[i];
-    complete(to, k);
-}
-
-// The scales of one unit's groups, of which there are `there`, for the lanes of its sums.
-static inline __m512 lane_scales(const bf16* scales, __mmask8 there, __m512i group_of) {
-    const __m512i some = _mm512_castsi128_si512(_mm_maskz_loadu_epi16(there, scales));
-    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, group_of, some));  // the upper half of a float
-}
-
-// The same for INT4 words and spread x: integers are multiplied exactly, and each group's sum is scaled. A group has 32, 64,
-// 128, … inputs. Two rows of w share what is loaded of x, as long as registers hold the sums: their words are half the time.
+// The same for INT4 words, and rows that are spread for them: see `spread`.
 template <int O, int R>
-static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {
-    const i64 groups = k / group;
-    const int fold = __builtin_ctzll(group / 32);  // 2^fold times 32 inputs have one scale
-    const __mmask8 whole_scales = (1 << std::max(4 >> fold, 1)) - 1;
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i group_of = _mm512_slli_epi32(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(2 + std::min(fold, 2))), 16);
-    constexpr int N = O < 2 || R > REGISTERS / 8 ? 1 : 2;  // rows of w at a time
-    __m512 sum[R][O];
-    #pragma GCC unroll 4
-    for (int o = 0; o < O; o += N, w += N * k / 2, scales += N * groups) {
-        __m512 total[N][R];  // apart from the others, or the compiler keeps them in memory
-        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) total[n][r] = _mm512_setzero_ps();
-        _mm_prefetch((const char*)scales + AHEAD / 8, _MM_HINT_T1);
-        if (N == 2) _mm_prefetch((const char*)(scales + groups) + AHEAD / 8, _MM_HINT_T1);
-        const auto meet = [&](i64 i, __mmask32 there, __mmask8 scales_there) {
-            const i64 unit = i / UNIT * SPREAD;
-            __m512i words[N];
-            __m512 part[N][R];
-            for (int n = 0; n < N; n++) {
-                ask_ahead(w + (n * k + i) / 2);
-                words[n] = _mm512_maskz_loadu_epi16(there, w + (n * k + i) / 2);
-            }
-            for (int r = 0; r < R; r++) {
-                const __m512 less = _mm512_loadu_ps(x[r] + unit + UNIT);
-                for (int n = 0; n < N; n++) part[n][r] = less;
-            }
-            for (int q = 0; q < 4; q++) {
-                __m512bh weight[N];
-                for (int n = 0; n < N; n++) weight[n] = unpacked(words[n], q);
-                for (int r = 0; r < R; r++) {
-                    const __m512bh given = load32(x[r] + unit + q * (UNIT / 4));
-                    for (int n = 0; n < N; n++) part[n][r] = _mm512_dpbf16_ps(part[n][r], weight[n], given);
-                }
-            }
-            for (int n = 0; n < N; n++) {
-                const __m512 factor = lane_scales(scales + n * groups + (i / 32 >> fold), scales_there, group_of);
-                for (int r = 0; r < R; r++) total[n][r] = _mm512_fmadd_ps(part[n][r], factor, total[n][r]);
-            }
-        };
-        i64 i = 0;
-        for (; i + UNIT <= k; i += UNIT) meet(i, ~0u, whole_scales);
-        if (i < k) meet(i, (1u << (k - i) / 4) - 1, (1 << std::max<i64>((k - i) / group, 1)) - 1);
-        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) sum[r][o + n] = total[n][r];
-    }
-    settle<O, R>(sum, y);
-}
+static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]);
 
 // y[r][o - from] = m[o] . x[r] for outputs `from` to `to`, a block at most.
 template <int R> static void product(Matrix m, i64 from, i64 to, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {

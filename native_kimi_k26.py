@@ -16,16 +16,16 @@ import torch
 
 from .attention_kernels_kimi_k26 import ATTENTION
 from .avx2_kernels_kimi_k26 import AVX2
+from .bfloat16_kernels_kimi_k26 import BFLOAT16
 from .compiling_kimi_k26 import address, compiled, i64
 from .expert_kernels_kimi_k26 import EXPERTS
 from .integer_kernels_kimi_k26 import INTEGERS
 from .kernels_kimi_k26 import COMMON, INCLUDES
-from .panel_kernels_kimi_k26 import PANELS
 from .prefill_kernels_kimi_k26 import PREFILL
 
 
-MANY_ROWS = f"#ifdef __AVX512BF16__{PANELS}#else{INTEGERS}#endif"
-SOURCE = f"{INCLUDES}namespace kimi {{{AVX2}{COMMON}{MANY_ROWS}{ATTENTION}{PREFILL}{EXPERTS}}}\n"
+PRODUCTS = f"#ifdef __AVX512BF16__{BFLOAT16}#else{INTEGERS}#endif"
+SOURCE = f"{INCLUDES}namespace kimi {{{AVX2}{COMMON}{PRODUCTS}{ATTENTION}{PREFILL}{EXPERTS}}}\n"
 NEEDED = {"avx2", "fma"}  # as /proc/cpuinfo has them; AVX-512 with bfloat16 products is used where it is
 INPUTS = 32  # all products run over multiples of so many inputs
 MOST_ROWS = 32  # that are few: above, unpacking weights for many rows and the matrix products of PyTorch are faster

@@ -115,8 +115,8 @@ struct Copied {
         for (i64 t = 0; t < threads; t++) {
             Mine& mine = benches[t];
             mine.rows = arena.take<bf16>(QUERIES * size);
-            mine.queries = {arena.take<uint32_t>(panel_words(size, 0)), arena.take<float>(size / STRETCH * PANEL)};
-            mine.weights = {arena.take<uint32_t>(panel_words(KEYS, 0)), arena.take<float>(KEYS / STRETCH * PANEL)};
+            mine.queries = {arena.take<uint32_t>(size / 2 * PANEL), arena.take<float>(size / STRETCH * PANEL)};
+            mine.weights = {arena.take<uint32_t>(KEYS / 2 * PANEL), arena.take<float>(KEYS / STRETCH * PANEL)};
             mine.sums.layout(QUERIES, columns, KEYS);
         }
     }
@@ -154,7 +154,7 @@ struct Copied {
         const __m512 never = _mm512_set1_ps(-INFINITY);
         for (i64 i = 0; i < QUERIES; i++)
             join(mine.rows + i * size, e.query + place(e.query_at, a.b, a.tokens[i], a.h), e.turned + place(e.turned_at, a.b, a.tokens[i], a.h));
-        fill(mine.queries, {mine.rows, nullptr}, 0, QUERIES, size, 0);
+        fill(mine.queries, {mine.rows, nullptr}, 0, QUERIES, 0, size, size, 0);
         for (i64 i = 0; i < size / STRETCH * PANEL; i++) mine.queries.scales[i] *= e.scale;
         memset(s.read, 0, s.read_size * sizeof(float));
         for (int q = 0; q < QUERIES; q++) { s.best[q] = -INFINITY; s.total[q] = 0; }
