@@ -17,16 +17,6 @@ struct Latents {  // what a cache holds of one layer: addresses, and strides in 
     i64 mask_row;
 };
 
-// Queries that read the same keys, one to a lane: the heads of one token over the latents, or the tokens of one head over its
-// expanded keys. A score has two parts, as queries and keys have: one that turns with the position, one that does not.
-// Queries are packed (see `lanes`), sixteen to a group.
-struct Part { const uint32_t* query; const bf16* key; i64 key_row, size; };
-struct Reading {
-    Part parts[2];
-    const int32_t* limits;  // null, or how many keys each query may see
-    const uint8_t* mask;    // null, or for each key 0 for padding
-    float scale;
-};
 struct Sums {  // of each query: the largest score, the sum, the weighted values as whoever adds them up has them in order
     float *best, *total, *read;
     float* scores; uint32_t* weights;  // (keys, queries), (keys / 2, queries): within a block
@@ -38,6 +28,20 @@ struct Sums {  // of each query: the largest score, the sum, the weighted values
     }
 };
 
+// What reads the latents for sixteen heads of one token: `Heads` packs their queries, `read` adds up over some keys, `columns` gives 32
+// columns of what head `i` has read, and `store32` stores them in order.
+#ifdef __AVX512BF16__
+
+// Queries that read the same keys, one to a lane: the heads of one token over the latents, or the tokens of one head over its
+// expanded keys. A score has two parts, as queries and keys have: one that turns with the position, one that does not.
+// Queries are packed (see `lanes`), sixteen to a group.
+struct Part { const uint32_t* query; const bf16* key; i64 key_row, size; };
+struct Reading {
+    Part parts[2];
+    const int32_t* limits;  // null, or how many keys each query may see
+    const uint8_t* mask;    // null, or for each key 0 for padding
+    float scale;
+};
 // The sums of `G` groups of queries over the keys from `begin` to `end`, `KEYS` at a time: what is read of them stays in the
 // nearer caches. `add(first, keys, shrink)` adds the values of the keys from `first` on, weighted, to sums that shrink before.
 template <int G, int KEYS, class F> static void attend(const Reading& a, i64 begin, i64 end, const Sums& s, F add) {
@@ -131,6 +135,138 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
         }
 }
 
+struct Heads {
+    enum { KEYS = 128 };  // at a time
+    static i64 words(const Attention& a) { return LANES * (a.rank + a.rope) / 2; }  // of their queries
+    static i64 bench(const Attention& a) { return 0; }  // words that a thread needs besides
+    static void pack(const Attention& a, const bf16* const* still, const bf16* const* turning, i64 some, uint32_t* to, uint32_t*) {
+        kimi::pack(still, some, a.rank / 2, to, LANES);
+        kimi::pack(turning, some, a.rope / 2, to + LANES * a.rank / 2, LANES);
+    }
+    static void read(const Attention& a, const Latents& c, i64 row, const uint32_t* queries, i64 begin, i64 end, const Sums& s, uint32_t*) {
+        const bf16* latent = c.latent + row * c.latent_row;
+        const Reading reading = {{{queries, latent, c.latent_key, a.rank},
+                                  {queries + LANES * a.rank / 2, c.rotary + row * c.rotary_row, c.rotary_key, a.rope}},
+                                 nullptr, c.mask ? c.mask + row * c.mask_row : nullptr, a.scale};
+        attend<1, KEYS>(reading, begin, end, s, [&](i64 first, i64 count, const __m512 (&shrink)[1]) {
+            add_rows(latent + first * c.latent_key, c.latent_key, a.rank, s.weights, count, shrink[0], s.read);
+        });
+    }
+    static const float* columns(const Sums& s, const Attention& a, i64 i, i64 column) { return s.read + i * a.rank + column; }
+    static void store32(__m512 low, __m512 high, bf16* to) { store_columns(low, high, to); }
+};
+#else
+
+// Keys become integers as they are read: those of a latent have one scale, as they are values too, whose scales are taken into the
+// weights. Both products are those of rows with panels: keys meet the queries, and the heads' weights meet the latents, 32 columns at a time.
+struct Heads {
+    enum { KEYS = 96, MOST_KEY = 8191 };
+    static i64 size(const Attention& a) { return a.rank + (a.rope + STRETCH - 1) / STRETCH * STRETCH; }
+    static i64 words(const Attention& a) { return size(a) / 2 * PANEL + size(a) / STRETCH * PANEL; }
+    struct Bench {
+        uint32_t *keys, *values, *weights;
+        float *scores, *ones;
+        bf16* rows;
+        Bench(const Attention& a, uint32_t* at) {
+            const auto take = [&](i64 words) { at += words; return at - words; };
+            keys = take(KEYS * paired_size(size(a)));
+            values = take(KEYS / 2 * a.rank);
+            weights = take(LANES * paired_size(KEYS));
+            scores = (float*)take(KEYS * PANEL);
+            ones = (float*)take(PANEL);
+            rows = (bf16*)take(LANES * size(a) / 2);
+        }
+    };
+    static i64 bench(const Attention& a) { return (uint32_t*)Bench(a, nullptr).rows - (uint32_t*)nullptr + LANES * size(a) / 2; }
+
+    static void pack(const Attention& a, const bf16* const* still, const bf16* const* turning, i64 some, uint32_t* to, uint32_t* memory) {
+        bf16* rows = Bench(a, memory).rows;
+        for (i64 i = 0; i < some; i++) {
+            bf16* row = rows + i * size(a);
+            memcpy(row, still[i], a.rank * sizeof(bf16));
+            memcpy(row + a.rank, turning[i], a.rope * sizeof(bf16));
+            memset(row + a.rank + a.rope, 0, (size(a) - a.rank - a.rope) * sizeof(bf16));
+        }
+        float* scales = (float*)to + size(a) / 2 * PANEL;
+        fill({to, scales}, {rows, nullptr}, 0, some, 0, size(a), size(a), 0);
+        for (i64 i = 0; i < size(a) / STRETCH * PANEL; i++) scales[i] *= a.scale;
+    }
+    // One key as a row of pairs; returns the scale of its latent.
+    static float take(const Attention& a, const bf16* latent, const bf16* rotary, uint32_t* to) {
+        const i64 all = size(a);
+        float factor;
+        const float scale = scale_of(latent, a.rank, MOST_KEY, factor);
+        for (i64 i = 0; i < a.rank; i += 16)
+            _mm256_storeu_si256((__m256i*)(to + i / 2), sixteen_integers(_mm256_loadu_si256((const __m256i*)(latent + i)), _mm256_set1_ps(factor)));
+        for (i64 i = 0; i < a.rank; i += STRETCH) ((float*)to)[all / 2 + i / STRETCH] = scale;
+        for (i64 i = 0; i < a.rope; i += STRETCH)
+            put_pairs(to, all, a.rank + i, _mm512_maskz_loadu_epi16(first32(a.rope - i), rotary + i), false);
+        return scale;
+    }
+    static void read(const Attention& a, const Latents& c, i64 row, const uint32_t* queries, i64 begin, i64 end, const Sums& s, uint32_t* memory) {
+        const Bench b(a, memory);
+        const i64 all = size(a), key_row = paired_size(all), weight_row = paired_size(KEYS);
+        const uint8_t* mask = c.mask ? c.mask + row * c.mask_row : nullptr;
+        memset(s.read, 0, s.read_size * sizeof(float));
+        _mm512_storeu_ps(s.best, _mm512_set1_ps(-INFINITY));
+        _mm512_storeu_ps(s.total, _mm512_setzero_ps());
+        std::fill_n(b.ones, PANEL, 1.0f);
+        for (i64 block = begin; block < end; block += KEYS) {
+            const i64 there = std::min<i64>(end - block, KEYS), stretches = (there + STRETCH - 1) / STRETCH;
+            float scale[KEYS] = {};
+            for (i64 k = 0; k < there; k++)
+                scale[k] = take(a, c.latent + row * c.latent_row + (block + k) * c.latent_key, c.rotary + row * c.rotary_row + (block + k) * c.rotary_key,
+                                b.keys + k * key_row);
+            for (i64 p = 0; p < stretches * STRETCH / 2; p++)
+                for (i64 column = 0; column < a.rank; column += 16) {
+                    const uint32_t* at = b.keys + 2 * p * key_row + column / 2;
+                    const __m256i one = _mm256_loadu_si256((const __m256i*)at), two = _mm256_loadu_si256((const __m256i*)(at + key_row));
+                    const __m256i low = _mm256_unpacklo_epi16(one, two), high = _mm256_unpackhi_epi16(one, two);
+                    __m256i* to = (__m256i*)(b.values + (column / PANEL * KEYS / 2 + p) * PANEL + column % PANEL);
+                    _mm256_storeu_si256(to, _mm256_permute2x128_si256(low, high, 0x20));
+                    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(low, high, 0x31));
+                }
+            memset(b.scores, 0, there * PANEL * sizeof(float));
+            meet({(uint32_t*)queries, (float*)queries + all / 2 * PANEL}, 1, b.keys, (const float*)b.keys + all / 2, there, key_row, all / STRETCH,
+                 b.scores, LANES);
+            for (i64 k = 0; k < stretches * STRETCH; k++)
+                if (k >= there || (mask && !mask[block + k])) _mm512_storeu_ps(b.scores + k * PANEL, _mm512_set1_ps(-INFINITY));
+            __m512 factor[KEYS / STRETCH];
+            const __m512 shrink = soften(b.scores, stretches, s.best, s.total, factor);
+            alignas(32) float less[LANES];
+            _mm512_storeu_ps(less, shrink);
+            for (i64 at = 0; at < s.read_size; at += PANEL) {
+                const __m512 one = _mm512_set1_ps(less[at / PANEL % LANES]);
+                for (int half = 0; half < PANEL; half += LANES) _mm512_storeu_ps(s.read + at + half, _mm512_mul_ps(_mm512_loadu_ps(s.read + at + half), one));
+            }
+            for (i64 n = 0; n < stretches; n++) {
+                __m512 most = _mm512_setzero_ps(), weight[STRETCH];
+                for (int k = 0; k < STRETCH; k++) {
+                    weight[k] = _mm512_mul_ps(_mm512_loadu_ps(b.scores + (n * STRETCH + k) * PANEL), _mm512_set1_ps(scale[n * STRETCH + k]));
+                    most = _mm512_max_ps(most, weight[k]);
+                }
+                most = _mm512_max_ps(most, _mm512_set1_ps(LEAST));
+                const __m512 by = _mm512_div_ps(_mm512_set1_ps(MOST_KEY), most);
+                __m512i turned[LANES];
+                for (int p = 0; p < LANES; p++) turned[p] = pairs_of(_mm512_mul_ps(weight[2 * p], by), _mm512_mul_ps(weight[2 * p + 1], by));
+                transpose16(turned);
+                _mm512_storeu_ps(less, _mm512_mul_ps(factor[n], _mm512_mul_ps(most, _mm512_set1_ps(1.0f / MOST_KEY))));
+                for (int h = 0; h < LANES; h++) {
+                    uint32_t* to = b.weights + h * weight_row;
+                    _mm512_storeu_si512(to + n * STRETCH / 2, turned[h]);
+                    ((float*)to)[KEYS / 2 + n] = less[h];
+                }
+            }
+            for (i64 column = 0; column < a.rank; column += PANEL)
+                meet({b.values + column * KEYS / 2, b.ones}, KEYS, b.weights, (const float*)b.weights + KEYS / 2, LANES, weight_row, stretches,
+                     s.read + column * LANES);
+        }
+    }
+    static const float* columns(const Sums& s, const Attention&, i64 i, i64 column) { return s.read + (column * LANES + i * PANEL); }
+    static void store32(__m512 low, __m512 high, bf16* to) { _mm512_storeu_si512(to, {narrow16(low), narrow16(high)}); }
+};
+#endif
+
 // out = x + attention(norm(x)): one new token for each row, whose latent and rotary key are written into the cache.
 extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64 rows, const bf16* x, const float* cos,
                                const float* sin, bf16* out, i64 threads) {
@@ -139,11 +275,10 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
     const i64 head = a.nope + a.rope, keys = c.past + 1;
     // Each row's keys are cut into as many pieces as there are threads, however many rows there are: a row's sums are
     // then the same to the last bit in any company.
-    constexpr int KEYS = 128;
     const i64 pieces = threads;
     const i64 groups = (a.heads + LANES - 1) / LANES;  // of heads, one to a lane
     bf16 *normed, *query_a, *key_value, *query, *absorbed, *turned, *read16, *value;
-    uint32_t *packed, *packed_turned;  // (rows, groups, pairs, lanes)
+    uint32_t *packed, *benches;        // (rows, groups) and (threads), see `Heads`
     float* weighed;                    // (threads, ROWS, rank)
     std::vector<Sums> sums(rows * groups * pieces);
     arena.layout([&] {
@@ -154,14 +289,15 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         weighed = arena.take<float>(threads * ROWS * a.rank);
         absorbed = arena.take<bf16>(rows * a.heads * a.rank);
         turned = arena.take<bf16>(rows * a.heads * a.rope);
-        packed = arena.take<uint32_t>(rows * groups * LANES * a.rank / 2);
-        packed_turned = arena.take<uint32_t>(rows * groups * LANES * a.rope / 2);
+        packed = arena.take<uint32_t>(rows * groups * Heads::words(a));
+        benches = arena.take<uint32_t>(threads * Heads::bench(a));
         read16 = arena.take<bf16>(rows * a.heads * a.rank);
         value = arena.take<bf16>(rows * a.heads * a.v);
-        for (Sums& one : sums) one.layout(LANES, a.rank, KEYS);
+        for (Sums& one : sums) one.layout(LANES, a.rank, Heads::KEYS);
     });
     #pragma omp parallel num_threads(threads)
     {
+        uint32_t* bench = benches + omp_get_thread_num() * Heads::bench(a);
         for (Share s(rows); s.begin < s.end; s.begin++)
             rms_norm(x + s.begin * a.hidden, a.norm, normed + s.begin * a.hidden, a.hidden, a.eps);
         #pragma omp barrier
@@ -209,21 +345,12 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
                 still[i] = absorbed + (r * a.heads + first + i) * a.rank;
                 turning[i] = turned + (r * a.heads + first + i) * a.rope;
             }
-            pack(still, some, a.rank / 2, packed + s.begin * LANES * a.rank / 2, LANES);
-            pack(turning, some, a.rope / 2, packed_turned + s.begin * LANES * a.rope / 2, LANES);
+            Heads::pack(a, still, turning, some, packed + s.begin * Heads::words(a), bench);
         }
         #pragma omp barrier
         for (Share s(rows * groups * pieces); s.begin < s.end; s.begin++) {
             const i64 at = s.begin / pieces, r = at / groups, piece = s.begin % pieces;
-            const bf16* latent = c.latent + r * c.latent_row;
-            const Reading reading = {
-                {{packed + at * LANES * a.rank / 2, latent, c.latent_key, a.rank},
-                 {packed_turned + at * LANES * a.rope / 2, c.rotary + r * c.rotary_row, c.rotary_key, a.rope}},
-                nullptr, c.mask ? c.mask + r * c.mask_row : nullptr, a.scale};
-            const Sums& mine = sums[s.begin];
-            attend<1, KEYS>(reading, keys * piece / pieces, keys * (piece + 1) / pieces, mine, [&](i64 first, i64 count, const __m512 (&shrink)[1]) {
-                add_rows(latent + first * c.latent_key, c.latent_key, a.rank, mine.weights, count, shrink[0], mine.read);
-            });
+            Heads::read(a, c, r, packed + at * Heads::words(a), keys * piece / pieces, keys * (piece + 1) / pieces, sums[s.begin], bench);
         }
         #pragma omp barrier
         // The pieces become one; then the expansion of values, rank → v for each head.
@@ -243,10 +370,11 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
                     __m512 low = _mm512_setzero_ps(), high = low;
                     for (i64 p = 0; p < pieces; p++) {
                         const __m512 factor = _mm512_set1_ps(mine[p].total[i]);
-                        low = _mm512_fmadd_ps(_mm512_loadu_ps(mine[p].read + i * a.rank + column), factor, low);
-                        high = _mm512_fmadd_ps(_mm512_loadu_ps(mine[p].read + i * a.rank + column + 16), factor, high);
+                        const float* read = Heads::columns(mine[p], a, i, column);
+                        low = _mm512_fmadd_ps(_mm512_loadu_ps(read), factor, low);
+                        high = _mm512_fmadd_ps(_mm512_loadu_ps(read + 16), factor, high);
                     }
-                    store_columns(low, high, read16 + (r * a.heads + first + i) * a.rank + column);
+                    Heads::store32(low, high, read16 + (r * a.heads + first + i) * a.rank + column);
                 }
         }
         #pragma omp barrier

@@ -14,26 +14,34 @@ INTEGERS = r"""
 enum { PANEL = 32, HEIGHT = 6, STRETCH = 32, DEPTH = 512, MOST_GIVEN = 16383, MOST_WEIGHT = 4095 };
 static const float LEAST = 1e-30f;  // what has no larger value is zero: its scale could not be divided by
 
-// Thirty-two bfloat16 values as integers, in order; returns their scale, which is NaN if one is not finite.
-static inline float to_integers(__m512i x, __m512i& to) {
-    const __m256i size = _mm256_set1_epi16(0x7fff);
-    const __m256i larger = _mm256_max_epi16(_mm256_and_si256(x.low, size), _mm256_and_si256(x.high, size));
+// What makes the largest of bfloat16 values `most`, and the scale of such integers: NaN if a value is not finite.
+static inline float scale_of(const bf16* x, i64 count, int most, float& factor) {
+    __m256i larger = _mm256_setzero_si256();
+    for (i64 i = 0; i < count; i += 16) larger = _mm256_max_epi16(larger, _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(x + i)), _mm256_set1_epi16(0x7fff)));
     const __m128i largest = _mm_max_epi16(_mm256_castsi256_si128(larger), _mm256_extracti128_si256(larger, 1));
     const bf16 bits = 0x7fff - _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_sub_epi16(_mm_set1_epi16(0x7fff), largest)));
     const float top = wide(bits);
-    if (!(top > LEAST && bits < 0x7f80)) {
-        to = _mm512_setzero_si512();
-        return top > LEAST || bits >= 0x7f80 ? NAN : 0;
-    }
-    const __m256 factor = _mm256_set1_ps(MOST_GIVEN / top);
+    const bool usual = bits < 0x7f80 && top > LEAST;
+    factor = usual ? most / top : 0;
+    return usual ? top / most : bits < 0x7f80 ? 0 : NAN;
+}
+// Values of bfloat16, or of two vectors of floats as pairs, as integers.
+static inline __m256i sixteen_integers(__m256i x, __m256 factor) {
     const auto eight = [&](__m128i some) {
         return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(some), 16)), factor));
     };
-    const auto sixteen = [&](__m256i some) {
-        return _mm256_permute4x64_epi64(_mm256_packs_epi32(eight(_mm256_castsi256_si128(some)), eight(_mm256_extracti128_si256(some, 1))), 0xd8);
-    };
-    to = {sixteen(x.low), sixteen(x.high)};
-    return top / MOST_GIVEN;
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(eight(_mm256_castsi256_si128(x)), eight(_mm256_extracti128_si256(x, 1))), 0xd8);
+}
+static inline __m512i pairs_of(__m512 one, __m512 two) {  // none is negative
+    const auto eight = [](__m256 low, __m256 high) { return _mm256_or_si256(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16)); };
+    return {eight(one.low, two.low), eight(one.high, two.high)};
+}
+// Thirty-two bfloat16 values as integers, in order; returns their scale.
+static inline float to_integers(const __m512i& x, __m512i& to) {
+    float factor;
+    const float scale = scale_of((const bf16*)&x, STRETCH, MOST_GIVEN, factor);
+    to = {sixteen_integers(x.low, _mm256_set1_ps(factor)), sixteen_integers(x.high, _mm256_set1_ps(factor))};
+    return scale;
 }
 
 // ---------------------------------------------------------------------------------------- INT4 words and few rows
@@ -267,10 +275,10 @@ template <int R> static __attribute__((noinline)) void meet(Panel w, i64 same, c
     }
 }
 
-// y[r] += a panel's outputs, for any number of rows, whose scales lie apart from their pairs: (rows, PANEL).
-static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 rows, i64 row, i64 stretches, float* y) {
+// y[r] += a panel's outputs, all or the first sixteen, for any number of rows, whose scales lie apart from their pairs: (rows, PANEL).
+static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 rows, i64 row, i64 stretches, float* y, int outputs = PANEL) {
     const i64 pieces = (rows + HEIGHT - 1) / HEIGHT;  // of about as many rows each
-    for (i64 half = 0; half < PANEL; half += LANES, w.words += LANES, w.scales += LANES, y += LANES)
+    for (i64 half = 0; half < outputs; half += LANES, w.words += LANES, w.scales += LANES, y += LANES)
         for (i64 piece = 0; piece < pieces; piece++) {
             const i64 first = rows * piece / pieces;
             const auto some = [&](auto count) { meet<count>(w, same, x + first * row, scales + first * row, row, stretches, y + first * PANEL); };
@@ -298,5 +306,35 @@ static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint
         fill(w, m, from, outputs, begin, end, k, group);
         meet(w, m.scales ? group / STRETCH : 1, x + begin / 2, (const float*)x + k / 2 + begin / STRETCH, rows, row, (end - begin) / STRETCH, y);
     }
+}
+
+// Of sixteen queries, one to a lane, scores (keys, PANEL) become e^(score - the largest of its stretch), to be multiplied by `factor` for each
+// stretch. Returns what the sums so far are to be multiplied by, as the largest of all scores may have become larger.
+static __m512 soften(float* scores, i64 stretches, float* best, float* total, __m512* factor) {
+    const __m512 never = _mm512_set1_ps(-INFINITY), before = _mm512_loadu_ps(best);
+    // Where all is hidden so far any finite number serves: every weight becomes zero.
+    const auto finite = [&](__m512 top) { return _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps()); };
+    __m512 now = before;
+    for (i64 n = 0; n < stretches; n++) {
+        factor[n] = never;
+        for (i64 k = n * STRETCH; k < (n + 1) * STRETCH; k++) factor[n] = _mm512_max_ps(factor[n], _mm512_loadu_ps(scores + k * PANEL));
+        now = _mm512_max_ps(now, factor[n]);
+    }
+    const __m512 shrink = exp16(_mm512_sub_ps(before, finite(now)));
+    __m512 all = _mm512_mul_ps(_mm512_loadu_ps(total), shrink);
+    for (i64 n = 0; n < stretches; n++) {
+        const __m512 top = finite(factor[n]);
+        factor[n] = exp16(_mm512_sub_ps(factor[n], finite(now)));
+        __m512 sum = _mm512_setzero_ps();
+        for (i64 k = n * STRETCH; k < (n + 1) * STRETCH; k++) {
+            const __m512 one = exp16(_mm512_sub_ps(_mm512_loadu_ps(scores + k * PANEL), top));
+            sum = _mm512_add_ps(sum, one);
+            _mm512_storeu_ps(scores + k * PANEL, one);
+        }
+        all = _mm512_fmadd_ps(sum, factor[n], all);
+    }
+    _mm512_storeu_ps(best, now);
+    _mm512_storeu_ps(total, all);
+    return shrink;
 }
 """

@@ -151,7 +151,6 @@ struct Copied {
     const Sums& answer(const Asked& a) {
         const Mine& mine = benches[omp_get_thread_num()];
         const Sums& s = mine.sums;
-        const __m512 never = _mm512_set1_ps(-INFINITY);
         for (i64 i = 0; i < QUERIES; i++)
             join(mine.rows + i * size, e.query + place(e.query_at, a.b, a.tokens[i], a.h), e.turned + place(e.turned_at, a.b, a.tokens[i], a.h));
         fill(mine.queries, {mine.rows, nullptr}, 0, QUERIES, 0, size, size, 0);
@@ -164,37 +163,15 @@ struct Copied {
             memset(s.scores, 0, there * QUERIES * sizeof(float));
             meet(mine.queries, 1, key, (const float*)key + size / 2, there, key_row, size / STRETCH, s.scores);
             hide(a, block, there, stretches * STRETCH, s.scores);
-            bool shrinks = false;
             for (int at = 0; at < QUERIES; at += LANES) {
-                const __m512 before = _mm512_loadu_ps(s.best + at);
-                __m512 tops[KEYS / STRETCH], best = before;
-                for (i64 n = 0; n < stretches; n++) {
-                    tops[n] = never;
-                    for (i64 k = n * STRETCH; k < (n + 1) * STRETCH; k++) tops[n] = _mm512_max_ps(tops[n], _mm512_loadu_ps(s.scores + k * QUERIES + at));
-                    best = _mm512_max_ps(best, tops[n]);
+                __m512 factor[KEYS / STRETCH];
+                const __m512 most = _mm512_set1_ps(MOST_WEIGHT), shrink = soften(s.scores + at, stretches, s.best + at, s.total + at, factor);
+                for (i64 p = 0; p < stretches * STRETCH / 2; p++) {
+                    const float* score = s.scores + 2 * p * QUERIES + at;
+                    const __m512 one = _mm512_mul_ps(_mm512_loadu_ps(score), most), two = _mm512_mul_ps(_mm512_loadu_ps(score + QUERIES), most);
+                    _mm512_storeu_si512(mine.weights.words + p * PANEL + at, pairs_of(one, two));
                 }
-                // Where all is hidden so far any finite number serves: every weight becomes zero.
-                const auto finite = [&](__m512 top) { return _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps()); };
-                const __m512 shrink = exp16(_mm512_sub_ps(before, finite(best)));
-                __m512 total = _mm512_mul_ps(_mm512_loadu_ps(s.total + at), shrink);
-                for (i64 n = 0; n < stretches; n++) {
-                    const __m512 from = finite(tops[n]), factor = exp16(_mm512_sub_ps(tops[n], finite(best)));
-                    __m512 sum = _mm512_setzero_ps();
-                    for (i64 p = n * STRETCH / 2; p < (n + 1) * STRETCH / 2; p++) {
-                        const __m512 one = exp16(_mm512_sub_ps(_mm512_loadu_ps(s.scores + 2 * p * QUERIES + at), from));
-                        const __m512 two = exp16(_mm512_sub_ps(_mm512_loadu_ps(s.scores + (2 * p + 1) * QUERIES + at), from));
-                        sum = _mm512_add_ps(sum, _mm512_add_ps(one, two));
-                        const auto pair = [](__m256 low, __m256 high) {
-                            const __m256 most = _mm256_set1_ps(MOST_WEIGHT);
-                            return _mm256_or_si256(_mm256_cvtps_epi32(_mm256_mul_ps(low, most)), _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(high, most)), 16));
-                        };
-                        _mm512_storeu_si512(mine.weights.words + p * PANEL + at, {pair(one.low, two.low), pair(one.high, two.high)});
-                    }
-                    total = _mm512_fmadd_ps(sum, factor, total);
-                    _mm512_storeu_ps(mine.weights.scales + n * PANEL + at, _mm512_mul_ps(factor, _mm512_set1_ps(1.0f / MOST_WEIGHT)));
-                }
-                _mm512_storeu_ps(s.best + at, best);
-                _mm512_storeu_ps(s.total + at, total);
+                for (i64 n = 0; n < stretches; n++) _mm512_storeu_ps(mine.weights.scales + n * PANEL + at, _mm512_div_ps(factor[n], most));
                 for (i64 c = 0; c < columns; c++) {
                     float* read = s.read + c * QUERIES + at;
                     _mm512_storeu_ps(read, _mm512_mul_ps(_mm512_loadu_ps(read), shrink));
