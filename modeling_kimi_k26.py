@@ -25,12 +25,15 @@ from .vision_kimi_k26 import KimiK26PositionTable, KimiK26Projector, KimiK26Visi
 # Not used here: version 4 of the library copies from a local folder only what the entry modules import themselves.
 from .attention_kernels_kimi_k26 import ATTENTION  # noqa: F401
 from .avx2_kernels_kimi_k26 import AVX2  # noqa: F401
+from .bfloat16_kernels_kimi_k26 import BFLOAT16  # noqa: F401
 from .cache_kimi_k26 import LatentLayer  # noqa: F401
 from .compiling_kimi_k26 import compiled  # noqa: F401
 from .expert_kernels_kimi_k26 import EXPERTS  # noqa: F401
+from .integer_kernels_kimi_k26 import INTEGERS  # noqa: F401
 from .kernels_kimi_k26 import COMMON  # noqa: F401
 from .native_kimi_k26 import library  # noqa: F401
 from .placement_kimi_k26 import plan  # noqa: F401
+from .prefill_kernels_kimi_k26 import PREFILL  # noqa: F401
 from .soundness_kimi_k26 import findings_at_load  # noqa: F401
 from .triton_kimi_k26 import grouped_experts  # noqa: F401
 from .vocabulary_kimi import read_ranks  # noqa: F401
