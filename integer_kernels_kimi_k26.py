@@ -90,56 +90,66 @@ static void spread(const bf16* x, i64 k, bf16* to) {
     complete(to, k);
 }
 
+// y[r][o] of neighbouring outputs, whose sums are eight lanes: see the other `settle`.
+template <int O, int R> static inline void settle(const __m256 (&sum)[R][O], float (*y)[BLOCK]) {
+    for (int r = 0; r < R; r++) {
+        const auto of = [&](int o) { return o < O ? sum[r][o] : _mm256_setzero_ps(); };
+        const __m256 fours = _mm256_hadd_ps(_mm256_hadd_ps(of(0), of(1)), _mm256_hadd_ps(of(2), of(3)));
+        const __m128 all = _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1));
+        memcpy(y[r], &all, O * sizeof(float));
+    }
+}
+
 // y[r][o] = w[o] . x[r] for INT4 words and spread x: each byte of x is multiplied by two INT4 values at once, and the sums of each half
 // of a unit are scaled. Two rows of w share what is loaded of x, as long as registers hold it.
 template <int O, int R>
 static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {
-    const i64 groups = k / group;
     const int shift = __builtin_ctzll(group);  // a group has 2^shift inputs
+    const i64 groups = k >> shift;
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), weight_of_upper = _mm256_set1_epi16(128);
-    const __m256i second = _mm256_setr_epi32(16, 16, 16, 16, 0, 0, 0, 0), upper = _mm256_set1_epi32(0xffff0000);
+    // Two scales in each word: the first as a float in four lanes, the second in the other four.
+    const __m256i floats = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13, -1, -1, 2, 3, -1, -1, 6, 7, -1, -1, 10, 11, -1, -1, 14, 15);
     constexpr int N = O < 2 || R > 2 ? 1 : 2;  // rows of w at a time
-    __m512 sum[R][O];
+    __m256 total[R][O];
+    const Unit* given[R];
+    for (int r = 0; r < R; r++) given[r] = (const Unit*)(x[r] + k);
     #pragma GCC unroll 4
     for (int o = 0; o < O; o += N, w += N * k / 2, scales += N * groups) {
-        __m256 total[N][R];
-        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) total[n][r] = _mm256_setzero_ps();
-        const auto meet = [&](i64 i, auto load, auto pair_of_scales) {
+        __m256 sum[N][R];  // apart from the others, or the compiler keeps them in memory
+        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) sum[n][r] = _mm256_setzero_ps();
+        const auto meet = [&](const uint8_t* at, i64 unit, auto load, auto pair_of_scales) {
             __m256i even[N], odd[N];
             __m256 scale[N];
             for (int n = 0; n < N; n++) {
-                ask_ahead(w + (n * k + i) / 2);
-                const __m256i words = load(w + (n * k + i) / 2);
+                ask_ahead(at + n * k / 2);
+                const __m256i words = load(at + n * k / 2);
                 even[n] = _mm256_and_si256(words, low);
                 odd[n] = _mm256_and_si256(_mm256_srli_epi16(words, 4), low);
-                const __m256i both = _mm256_set1_epi32(pair_of_scales(scales + n * groups));
-                scale[n] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_sllv_epi32(both, second), upper));
+                scale[n] = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi32(pair_of_scales(scales + n * groups)), floats));
             }
             for (int r = 0; r < R; r++) {
-                const Unit& unit = *(const Unit*)(x[r] + k + i / UNIT * SPREAD);
+                const Unit& u = given[r][unit];
                 const auto at = [](const void* from) { return _mm256_loadu_si256((const __m256i*)from); };
-                const __m256i upper[2] = {at(unit.upper), at(unit.upper + 1)}, lower[2] = {at(unit.lower), at(unit.lower + 1)};
-                const __m256i less = at(&unit.less);
-                const __m256 given = _mm256_castsi256_ps(at(&unit.scale));
                 for (int n = 0; n < N; n++) {
-                    const __m256i large = _mm256_add_epi16(_mm256_maddubs_epi16(even[n], upper[0]), _mm256_maddubs_epi16(odd[n], upper[1]));
-                    const __m256i small = _mm256_add_epi16(_mm256_maddubs_epi16(even[n], lower[0]), _mm256_maddubs_epi16(odd[n], lower[1]));
-                    const __m256i all = _mm256_add_epi32(_mm256_add_epi32(_mm256_madd_epi16(large, weight_of_upper), less), _mm256_madd_epi16(small, ones));
-                    total[n][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), _mm256_mul_ps(scale[n], given), total[n][r]);
+                    const __m256i large = _mm256_add_epi16(_mm256_maddubs_epi16(even[n], at(u.upper)), _mm256_maddubs_epi16(odd[n], at(u.upper + 1)));
+                    const __m256i small = _mm256_add_epi16(_mm256_maddubs_epi16(even[n], at(u.lower)), _mm256_maddubs_epi16(odd[n], at(u.lower + 1)));
+                    const __m256i all = _mm256_add_epi32(_mm256_add_epi32(_mm256_madd_epi16(large, weight_of_upper), at(&u.less)), _mm256_madd_epi16(small, ones));
+                    sum[n][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), _mm256_mul_ps(scale[n], _mm256_castsi256_ps(at(&u.scale))), sum[n][r]);
                 }
             }
         };
-        i64 i = 0;
+        const i64 units = k / UNIT;
         const auto load = [](const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); };
-        const auto one = [&](const bf16* at) { return at[i >> shift] * 0x10001u; };
-        if (group == 32)
-            for (; i + UNIT <= k; i += UNIT) meet(i, load, [&](const bf16* at) { uint32_t two; memcpy(&two, at + i / 32, 4); return two; });
+        if (group == STRETCH)
+            for (i64 u = 0; u < units; u++) meet(w + u * UNIT / 2, u, load, [&](const bf16* at) { uint32_t two; memcpy(&two, at + 2 * u, 4); return two; });
         else
-            for (; i + UNIT <= k; i += UNIT) meet(i, load, one);
-        if (i < k) meet(i, [](const uint8_t* at) { return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)at)); }, one);
-        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) sum[r][o + n] = {total[n][r], _mm256_setzero_ps()};
+            for (i64 u = 0; u < units; u++) meet(w + u * UNIT / 2, u, load, [&](const bf16* at) { return at[u * UNIT >> shift] * 0x10001u; });
+        if (k % UNIT)
+            meet(w + units * UNIT / 2, units, [](const uint8_t* at) { return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)at)); },
+                 [&](const bf16* at) { return (uint32_t)at[groups - 1]; });
+        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) total[r][o + n] = sum[n][r];
     }
-    settle<O, R>(sum, y);
+    settle<O, R>(total, y);
 }
 
 // ---------------------------------------------------------------------------------------- many rows: panels of weights
