@@ -27,10 +27,9 @@ static inline float scale_of(const bf16* x, i64 count, int most, float& factor) 
 }
 // Values of bfloat16, or of two vectors of floats as pairs, as integers.
 static inline __m256i sixteen_integers(__m256i x, __m256 factor) {
-    const auto eight = [&](__m128i some) {
-        return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(some), 16)), factor));
-    };
-    return _mm256_permute4x64_epi64(_mm256_packs_epi32(eight(_mm256_castsi256_si128(x)), eight(_mm256_extracti128_si256(x, 1))), 0xd8);
+    const __m256i zero = _mm256_setzero_si256();
+    const auto eight = [&](__m256i floats) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(floats), factor)); };
+    return _mm256_packs_epi32(eight(_mm256_unpacklo_epi16(zero, x)), eight(_mm256_unpackhi_epi16(zero, x)));
 }
 static inline __m512i pairs_of(__m512 one, __m512 two) {  // none is negative
     const auto eight = [](__m256 low, __m256 high) { return _mm256_or_si256(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16)); };
