@@ -104,14 +104,14 @@ struct Copied {
     const Expanded& e;
     const i64 size = (e.nope + e.rope + STRETCH - 1) / STRETCH * STRETCH, keys_there = (e.keys + STRETCH - 1) / STRETCH * STRETCH;
     const i64 columns = (e.v + LANES - 1) / LANES * LANES, key_row = paired_size(size);
-    const i64 value_row = paired_size(keys_there) + LANES;  // a line more: rows whose distance is a power of two would meet in few places of a cache
-    uint32_t *keys, *values;  // rows of pairs: (heads, keys) and (heads, columns)
+    const i64 value_row = paired_size(KEYS), value_block = columns * value_row, blocks = (e.keys + KEYS - 1) / KEYS;
+    uint32_t *keys, *values;  // rows of pairs: (heads, keys) and (heads, blocks of keys, columns), as they will be read
     struct Mine { bf16* rows; Panel queries, weights; Sums sums; } benches[MAX_THREADS];
 
-    i64 bytes() const { return (e.keys * key_row + columns * value_row) * sizeof(uint32_t); }  // of a head
+    i64 bytes() const { return (e.keys * key_row + blocks * value_block) * sizeof(uint32_t); }  // of a head
     void layout(i64 heads, i64 threads) {
         keys = arena.take<uint32_t>(heads * e.keys * key_row);
-        values = arena.take<uint32_t>(heads * columns * value_row);
+        values = arena.take<uint32_t>(heads * blocks * value_block);
         for (i64 t = 0; t < threads; t++) {
             Mine& mine = benches[t];
             mine.rows = arena.take<bf16>(QUERIES * size);
@@ -133,7 +133,8 @@ struct Copied {
             uint32_t* to = keys + (n * e.keys + s.begin) * key_row;
             for (i64 i = 0; i < size; i += STRETCH) put_pairs(to, size, i, _mm512_loadu_si512(row + i), false);
         }
-        for (Share s(keys_there, STRETCH); s.begin < s.end; s.begin += STRETCH)
+        for (Share s(keys_there, STRETCH); s.begin < s.end; s.begin += STRETCH) {
+            uint32_t* to = values + (n * blocks + s.begin / KEYS) * value_block;
             for (i64 column = 0; column < columns; column += LANES) {
                 __m512i turned[LANES];
                 const auto load = [&](i64 k) {
@@ -145,8 +146,9 @@ struct Copied {
                     turned[p] = {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
                 }
                 transpose16(turned);
-                for (int c = 0; c < LANES; c++) put_pairs(values + (n * columns + column + c) * value_row, keys_there, s.begin, turned[c], false);
+                for (int c = 0; c < LANES; c++) put_pairs(to + (column + c) * value_row, KEYS, s.begin % KEYS, turned[c], false);
             }
+        }
     }
     const Sums& answer(const Asked& a) {
         const Mine& mine = benches[omp_get_thread_num()];
@@ -157,8 +159,8 @@ struct Copied {
         for (i64 i = 0; i < size / STRETCH * PANEL; i++) mine.queries.scales[i] *= e.scale;
         memset(s.read, 0, s.read_size * sizeof(float));
         for (int q = 0; q < QUERIES; q++) { s.best[q] = -INFINITY; s.total[q] = 0; }
-        const uint32_t *key = keys + a.n * e.keys * key_row, *value = values + a.n * columns * value_row;
-        for (i64 block = 0; block < a.keys; block += KEYS, key += KEYS * key_row, value += KEYS / 2) {
+        const uint32_t *key = keys + a.n * e.keys * key_row, *value = values + a.n * blocks * value_block;
+        for (i64 block = 0; block < a.keys; block += KEYS, key += KEYS * key_row, value += value_block) {
             const i64 there = std::min<i64>(a.keys - block, KEYS), stretches = (there + STRETCH - 1) / STRETCH;
             memset(s.scores, 0, there * QUERIES * sizeof(float));
             meet(mine.queries, 1, key, (const float*)key + size / 2, there, key_row, size / STRETCH, s.scores);
@@ -177,7 +179,7 @@ struct Copied {
                     _mm512_storeu_ps(read, _mm512_mul_ps(_mm512_loadu_ps(read), shrink));
                 }
             }
-            meet(mine.weights, 1, value, (const float*)value + keys_there / 2 - block / 2 + block / STRETCH, columns, value_row, stretches, s.read);
+            meet(mine.weights, 1, value, (const float*)value + KEYS / 2, columns, value_row, stretches, s.read);
         }
         return s;
     }
