@@ -30,7 +30,7 @@ struct Sums {  // of each query: the largest score, the sum, the weighted values
 
 // What reads the latents for sixteen heads of one token: `Heads` packs their queries, `read` adds up over some keys, `columns` gives 32
 // columns of what head `i` has read, and `store32` stores them in order.
-#ifdef __AVX512BF16__
+#ifdef BFLOAT16_PRODUCTS
 
 // Queries that read the same keys, one to a lane: the heads of one token over the latents, or the tokens of one head over its
 // expanded keys. A score has two parts, as queries and keys have: one that turns with the position, one that does not.

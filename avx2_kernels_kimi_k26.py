@@ -2,11 +2,13 @@
 
 The names are those of the intrinsics, in the kernels' namespace, where they hide the processor's own. Each does for all values
 what the kernels ask of it: masks of loads and stores mostly have no gaps, and rare permutations go through memory. Products of
-pairs in bfloat16 are two fused ones in float32; their sums differ from AVX-512's in the last bits.
+pairs in bfloat16 are two fused ones in float32; their sums differ from AVX-512's in the last bits. What only the kernels of
+`bfloat16_kernels_kimi_k26` ask for is here too: compiled with `BFLOAT16_PRODUCTS`, they can be tested anywhere.
 """
 
 AVX2 = r"""
 #ifdef __AVX512BF16__
+#define BFLOAT16_PRODUCTS
 enum { REGISTERS = 32 };  // vectors that the processor holds at once
 static inline void keep(__m512i& a) { asm("" : "+v"(a)); }
 #else

@@ -1,8 +1,7 @@
-"""The source of the CPU's own kernels, in C++ with the intrinsics of AVX-512 and its bfloat16 products: what all have in common.
+"""The source of the CPU's own kernels, in C++ with the intrinsics of AVX-512: what all have in common.
 
 Numbers, vectors, memory; products of few rows, which read each weight once and as it lies; products of many rows, which
-have a row in each lane of a vector. `native_kimi_k26` compiles the parts as one and knows their functions; `avx2_kernels_kimi_k26` stands in for
-AVX-512 where a processor lacks it.
+have a row in each lane of a vector. `native_kimi_k26` compiles the parts as one and knows their functions.
 """
 
 INCLUDES = r"""

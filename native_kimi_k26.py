@@ -4,8 +4,9 @@ One new token per row through one decoder layer takes PyTorch some hundred small
 Weights are read where the checkpoint has them: bfloat16 rows, and INT4 words unpacked in registers to integers, the sums
 of whose groups are scaled. Sums are float32, and results are rounded to bfloat16 where the plain path rounds them.
 
-They are written for AVX-512 and its bfloat16 products; where a processor has AVX2 alone, `avx2_kernels_kimi_k26` says what takes
-their place. Without a compiler or AVX2 `library()` is `None` and all runs on PyTorch.
+They are written with AVX-512; where a processor has AVX2 alone, `avx2_kernels_kimi_k26` says what takes its place. Of what takes most
+time there are two kinds: `bfloat16_kernels_kimi_k26` for processors with products of bfloat16, `integer_kernels_kimi_k26` for others.
+Without a compiler or AVX2 `library()` is `None` and all runs on PyTorch.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ from .kernels_kimi_k26 import COMMON, INCLUDES
 from .prefill_kernels_kimi_k26 import PREFILL
 
 
-PRODUCTS = f"#ifdef __AVX512BF16__{BFLOAT16}#else{INTEGERS}#endif"
+PRODUCTS = f"#ifdef BFLOAT16_PRODUCTS{BFLOAT16}#else{INTEGERS}#endif"
 SOURCE = f"{INCLUDES}namespace kimi {{{AVX2}{COMMON}{PRODUCTS}{ATTENTION}{PREFILL}{EXPERTS}}}\n"
 NEEDED = {"avx2", "fma"}  # as /proc/cpuinfo has them; AVX-512 with bfloat16 products is used where it is
 INPUTS = 32  # all products run over multiples of so many inputs

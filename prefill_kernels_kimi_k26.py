@@ -21,7 +21,7 @@ struct Asked { i64 n, b, h, q; int32_t limits[QUERIES]; i64 tokens[QUERIES]; i64
 
 // `Copied`: the keys and values of some heads as the products want them, and what reads them. `copy(b, h, n)` is called by all threads
 // for each head, `answer` by one for each of its blocks of queries.
-#ifdef __AVX512BF16__
+#ifdef BFLOAT16_PRODUCTS
 
 // Words (one[c], two[c]) of two rows, in order of the columns; a missing second row is zero.
 static inline void interleave(const bf16* one, const bf16* two, i64 size, uint32_t* to) {

@@ -1,15 +1,16 @@
 """The native kernels beside the plain path in float32 on the same bfloat16 weights: they may be off by roundings only."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, decoding_kimi_k26, native_kimi_k26, text_kimi_k26
+from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, decoding_kimi_k26, experts_kimi_k26, native_kimi_k26, text_kimi_k26
 from kimi_k26.cache_kimi_k26 import layer_of, write_latents
 from kimi_k26.experts_kimi_k26 import Routing
-from kimi_k26.native_kimi_k26 import attention, dequantize, few_rows, library
+from kimi_k26.native_kimi_k26 import attention, dequantize, few_rows, library, many_rows
 from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
 from kimi_k26.text_kimi_k26 import AttentionSpan, rotate_pairs
 
@@ -41,7 +42,24 @@ SHAPES = {
     "weights not normalized": {"norm_topk_prob": False},
     "three heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
     "group size 64": {"group_size": 64, "hidden_size": 128},
+    "group size 128": {"group_size": 128, "hidden_size": 128, "moe_intermediate_size": 128},
 }
+
+
+LONG_ROWS = {"group_size": 128, "hidden_size": 640, "moe_intermediate_size": 128}  # longer than the nearest cache has them at once
+KINDS = {"bfloat16": "#define BFLOAT16_PRODUCTS\n", "integers": "#undef __AVX512BF16__\n"}
+compile_kind = functools.cache(lambda kind: native_kimi_k26.load(KINDS[kind] + native_kimi_k26.SOURCE))
+
+
+def use_kernels(monkeypatch, kind: str):
+    for module in (native_kimi_k26, decoding_kimi_k26, experts_kimi_k26):
+        monkeypatch.setattr(module, "library", lambda: compile_kind(kind))
+
+
+@pytest.fixture(params=KINDS)
+def each_kind(request, monkeypatch):
+    """With the kernels for AVX-512, which are emulated where the processor lacks it, and then with those for AVX2."""
+    use_kernels(monkeypatch, request.param)
 
 
 def make(changes: dict) -> KimiK26ForConditionalGeneration:
@@ -82,6 +100,7 @@ def error(got, want):
     return float((got.float() - want).norm() / want.norm())
 
 
+@pytest.mark.usefixtures("each_kind")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows, past, threads", [(1, 0, 2), (1, 37, 1), (3, 200, 3), (9, 64, 2), (2, 300, 1), (32, 31, 1)])
 def test_a_layer_is_the_plain_one(shape, rows, past, threads, monkeypatch):
@@ -100,6 +119,7 @@ def test_a_layer_is_the_plain_one(shape, rows, past, threads, monkeypatch):
             assert error(got[1], want[1]) < 0.02
 
 
+@pytest.mark.usefixtures("each_kind")
 def test_padding_is_not_seen():
     model = make({})
     layer = model.language_model.model.layers[1]
@@ -114,6 +134,7 @@ def test_padding_is_not_seen():
         assert error(got[here], alone.float()) < 0.01
 
 
+@pytest.mark.usefixtures("each_kind")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_batch_is_its_rows(threads, monkeypatch):
     """To the last bit: who shares a batch changes nothing."""
@@ -127,12 +148,39 @@ def test_a_batch_is_its_rows(threads, monkeypatch):
         assert torch.equal(together[row : row + 1], alone)
 
 
+@pytest.mark.usefixtures("each_kind")
 @pytest.mark.parametrize("rows, outputs, inputs_", [(1, 5, 32), (2, 33, 64), (7, 16, 96), (20, 50, 160), (1, 4096, 48)])
 def test_few_rows(rows, outputs, inputs_):
     torch.manual_seed(0)
     x, weight = torch.randn(rows, inputs_).bfloat16(), torch.randn(outputs, inputs_).bfloat16()
     want = x.float() @ weight.float().T
     torch.testing.assert_close(few_rows(x, weight).float(), want, rtol=0.01, atol=0.01 * inputs_**0.5)
+
+
+@pytest.mark.usefixtures("each_kind")
+@pytest.mark.parametrize("rows, outputs, inputs_", [(1, 5, 32), (17, 33, 64), (40, 64, 1120), (600, 70, 544)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_rows(rows, outputs, inputs_, bias):
+    """Values of very different sizes, too: what is small beside its neighbours in a stretch is rounded most."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, inputs_) * torch.randn(rows, inputs_).exp(), torch.randn(outputs, inputs_) * torch.rand(outputs, 1)
+    x, weight, added = x.bfloat16(), weight.bfloat16(), torch.randn(outputs).bfloat16() if bias else None
+    want = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
+    assert error(many_rows(x, weight, added), want) < 1.1 * error(want.bfloat16(), want) + 1e-4
+
+
+@pytest.mark.usefixtures("each_kind")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bad):
+    torch.manual_seed(0)
+    x, weight = torch.randn(20, 64).bfloat16(), torch.randn(40, 64).bfloat16()
+    x[3, 50] = bad
+    broken = ~many_rows(x, weight).isfinite()
+    assert broken[3].all() and not broken[:3].any() and not broken[4:].any()
+    parts = [torch.randn(1, 40, *size).bfloat16() for size in ((3, 24), (3, 8), (3, 24), (8,), (3, 20))]
+    parts[2][0, 30, 1] = bad
+    broken = attention(*parts, 0, None, 0.3).isnan()[0]
+    assert broken[30:, 1].all() and not broken[:30].any() and not broken[:, [0, 2]].any()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 200])
@@ -163,30 +211,21 @@ def test_a_whole_model_where_pytorch_is_slow(monkeypatch):
             assert (model(ids).logits - wanted).norm() < 0.05 * wanted.norm()
 
 
-def test_kernels_for_avx2_are_those_for_avx512(monkeypatch):
-    """Where the processor has AVX-512 both are compiled; elsewhere the others are all that is tested."""
-    narrow = native_kimi_k26.load("#undef __AVX512BF16__\n" + native_kimi_k26.SOURCE)
-    assert narrow is not None
+def test_both_kinds_round_alike(monkeypatch):
+    """What is no product has the same bits from the kernels for AVX-512 and those for AVX2, and the norm all but the last."""
     torch.manual_seed(0)
-    x, weight, gain = torch.randn(5, 224).bfloat16(), torch.randn(37, 224).bfloat16(), torch.randn(224).bfloat16()
-    angles = torch.randn(5, 1, 112)
-    parts = [torch.randn(1, 40, 3, 64).bfloat16() for _ in range(2)]
-    turning, rotary = torch.randn(1, 40, 3, 32).bfloat16(), torch.randn(1, 40, 32).bfloat16()
+    x, gain, angles = torch.randn(5, 224).bfloat16(), torch.randn(224).bfloat16(), torch.randn(5, 1, 112)
     words, scale = quantize_int4(torch.randn(48, 128), 32)
-
-    def results():
+    results = []
+    for kind in KINDS:
+        use_kernels(monkeypatch, kind)
         plain = torch.empty(48, 128, dtype=torch.bfloat16)
         dequantize(words, scale.bfloat16(), plain)
         turned = native_kimi_k26.rotate(x.view(5, 1, 224), angles.cos(), angles.sin())
-        same = [native_kimi_k26.norm(x, gain, 1e-5), turned, plain]
-        return same, [few_rows(x, weight), attention(parts[0], turning, parts[1], rotary, parts[1], 0, None, 0.1)]
-
-    same, near = results()
-    monkeypatch.setattr(native_kimi_k26, "library", lambda: narrow)
-    same_too, near_too = results()
-    assert all(map(torch.equal, same[1:], same_too[1:]))
-    for one, other in zip((same[0], *near), (same_too[0], *near_too)):
-        assert (one.float() - other.float()).abs().max() <= one.abs().max() / 128
+        results.append((turned, plain, native_kimi_k26.norm(x, gain, 1e-5).float()))
+    (turned, plain, normed), (turned_too, plain_too, normed_too) = results
+    assert torch.equal(turned, turned_too) and torch.equal(plain, plain_too)
+    assert (normed - normed_too).abs().max() <= normed.abs().max() / 128
 
 
 @pytest.mark.parametrize("shape", [(1, 50, 16, 64), (2, 7, 3, 6), (5, 4, 72), (1, 1, 1, 64), (2, 3, 1, 34)])
@@ -295,6 +334,7 @@ def test_float32_and_gradients_take_the_plain_path():
     assert all(layer.native is None for layer in model.language_model.model.layers)
 
 
+@pytest.mark.usefixtures("each_kind")
 @pytest.mark.parametrize("queries, past, batch", [(1, 5, 1), (7, 0, 2), (33, 0, 1), (100, 0, 2), (40, 61, 3), (129, 3, 1)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_over_expanded_keys(queries, past, batch, padded):
@@ -334,10 +374,11 @@ def test_a_prompt_is_read_as_by_the_plain_path():
     assert error(rest, got[:, 50:].float()) < 0.02
 
 
-@pytest.mark.parametrize("shape", ["as published", "bfloat16 experts", "group size 64"])
+@pytest.mark.usefixtures("each_kind")
+@pytest.mark.parametrize("changes", [SHAPES["as published"], SHAPES["bfloat16 experts"], SHAPES["group size 64"], LONG_ROWS])
 @pytest.mark.parametrize("rows", [2, 5, 40, 300])
-def test_experts_on_many_rows(shape, rows):
-    model = make(SHAPES[shape])
+def test_experts_on_many_rows(changes, rows):
+    model = make(changes)
     experts = model.language_model.model.layers[1].mlp.experts
     reference = copy.deepcopy(experts).float()
     torch.manual_seed(rows)
@@ -384,6 +425,7 @@ def test_logits_are_no_farther_from_float32_than_those_of_the_plain_path(monkeyp
     assert error(fast, want) < 1.2 * error(slow, want)
 
 
+@pytest.mark.usefixtures("each_kind")
 @pytest.mark.parametrize("shape", ["as published", "bfloat16 experts"])
 def test_many_rows_on_several_threads(shape, monkeypatch):
     model = make({**SHAPES[shape], "num_experts_per_tok": 3})
