@@ -2,7 +2,7 @@
 
 Pillow (src/libImaging/Resample.c) weighs the pixels under the filter with integers of 22 bits behind the point, first
 along the rows, then, from what that gave rounded to bytes, along the columns. The same sums are made here for sixteen
-rows, or for many columns, at once. Without a compiler, or a processor with AVX-512, Pillow does it.
+rows, or for many columns, at once. Without a compiler, or a processor with AVX2, Pillow does it.
 """
 
 import ctypes
@@ -30,7 +30,6 @@ typedef int64_t i64;
 typedef uint8_t u8;
 typedef int32_t i32;
 typedef u8 bytes __attribute__((vector_size(16)));
-typedef i32 ints __attribute__((vector_size(64)));
 
 const int BITS = 22;  // of a weight behind the point
 
@@ -58,12 +57,33 @@ static inline void store(u8* at, bytes value, i64 left) {
     else memcpy(at, &value, left);
 }
 
+#ifdef __AVX512F__
+typedef i32 ints __attribute__((vector_size(64)));  // sixteen
+
 static inline ints wide(bytes value) { return (ints)_mm512_cvtepu8_epi32((__m128i)value); }
 
 static inline bytes rounded(ints sum) {
     const __m512i whole = _mm512_max_epi32((__m512i)(sum >> BITS), _mm512_setzero_si512());
     return (bytes)_mm512_cvtusepi32_epi8(whole);  // more than 255 becomes 255
 }
+#else
+typedef i32 eight __attribute__((vector_size(32)));
+struct ints { eight low, high; };  // the compiler makes little of vectors that are longer than the processor's
+
+static inline ints operator+(ints a, i32 b) { return {a.low + b, a.high + b}; }
+static inline ints operator*(ints a, i32 b) { return {a.low * b, a.high * b}; }
+static inline void operator+=(ints& a, ints b) { a = {a.low + b.low, a.high + b.high}; }
+
+static inline ints wide(bytes value) {
+    return {(eight)_mm256_cvtepu8_epi32((__m128i)value), (eight)_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)value, 8))};
+}
+
+static inline bytes rounded(ints sum) {
+    const __m256i halves = _mm256_packs_epi32((__m256i)(sum.low >> BITS), (__m256i)(sum.high >> BITS));
+    const __m256i words = _mm256_permute4x64_epi64(halves, 0xd8);
+    return (bytes)_mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));  // from 0 to 255
+}
+#endif
 
 // Sixteen rows of sixteen bytes turned into sixteen columns.
 static inline void turn(bytes* rows) {
@@ -156,7 +176,7 @@ class Taps(ctypes.Structure):
 @functools.cache
 def library():
     """The compiled kernels, or `None` where this machine cannot have them."""
-    return compiled("scaling", SOURCE, {"avx512f"})
+    return compiled("scaling", SOURCE, {"avx2"})
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from PIL import Image
 from kimi_k26 import compiling_kimi_k26, scaling_kimi_k26
 from kimi_k26.scaling_kimi_k26 import library, scaled_strips
 
-natively = pytest.mark.skipif(library() is None, reason="no compiler, or a processor without AVX-512")
+natively = pytest.mark.skipif(library() is None, reason="no compiler, or a processor without AVX2")
 
 
 def picture(width, height, seed=0, colours=256):
