@@ -242,14 +242,29 @@ class KnownExperts:
         self._held: dict[int, NativeExpert] = {}
         self.address = ctypes.addressof(self._table)
 
+    def find(self, number: int) -> NativeExpert | None:
+        """A known expert, or one from the store, which is known from then on unless a budget has the store asked each time;
+        `None` where it has adapters or hooks or lies elsewhere."""
+        held = self._held.get(number)
+        if held is not None:
+            self._store.hits += 1
+            return held
+        held = self._experts.native(number)
+        if held is not None and not self._store.bounded:
+            self._hold(number, held)
+        return held
+
     def learn(self, numbers: Iterable[int]) -> bool:
-        """Get experts from the store; false where one has adapters or hooks or lies elsewhere."""
+        """Let experts be known until `let_go`; false where one has adapters or hooks or lies elsewhere."""
         for number in numbers:
-            held = self._experts.native(number)
+            held = self.find(number)
             if held is None:
                 return False
-            self._held[number], self._table[number] = held, held.address
+            self._hold(number, held)
         return True
+
+    def _hold(self, number: int, held: NativeExpert):
+        self._held[number], self._table[number] = held, held.address
 
     def follow(self):
         """Forget all when the store was cleared or replaced."""
@@ -604,7 +619,7 @@ class KimiK26Experts(nn.ModuleList):
         self.known.refresh()
         asked = [number for number, count in enumerate(routing.counts) if count and number in numbers]
         self.announce(asked, x)
-        held = {number: self.native(number) for number in asked}
+        held = {number: self.known.find(number) for number in asked}
         if None in held.values():
             return None
         found = torch.zeros(len(self), dtype=torch.int64)

@@ -482,6 +482,18 @@ def test_a_budget_forgets_experts_after_use():
     assert torch.equal(text(), want) and experts.known._held
 
 
+def test_experts_of_a_prompt_are_known_to_the_tokens_after_it():
+    model = make({"num_experts_per_tok": 8})
+    experts, store = model.language_model.model.layers[1].mlp.experts, model.expert_store
+    with torch.no_grad():
+        out = model(input_ids=torch.randint(0, 90, (1, 40), generator=torch.Generator().manual_seed(0)), use_cache=True)
+        assert sorted(experts.known._held) == list(range(8)) and (store.hits, store.misses) == (0, 8)
+        model(input_ids=torch.tensor([[3]]), past_key_values=out.past_key_values)
+        assert (store.hits, store.misses) == (8, 8)
+        model(input_ids=torch.randint(0, 90, (1, 40)), use_cache=True)
+        assert (store.hits, store.misses) == (16, 8)
+
+
 def test_a_changed_expert_is_seen_at_the_next_prompt():
     model = make({})
     ids = torch.randint(0, 90, (1, 6), generator=torch.Generator().manual_seed(0))
