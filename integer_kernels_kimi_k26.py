@@ -284,12 +284,31 @@ template <int R> static __attribute__((noinline)) void meet(Panel w, i64 same, c
     }
 }
 
-// y[r] += a panel's outputs, all or the first sixteen, for any number of rows, whose scales lie apart from their pairs: (rows, PANEL).
-static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 rows, i64 row, i64 stretches, float* y, int outputs = PANEL) {
+// Weights that will be needed later: two panels of them, which come nearer a few lines at a time while others are multiplied.
+struct Coming {
+    struct { const char *at, *end; } parts[2];
+    int turn;
+    void some(i64 lines) {
+        for (auto& part : parts)
+            for (; lines && part.at < part.end; lines--, part.at += 64) _mm_prefetch(part.at, _MM_HINT_T1);
+    }
+};
+static thread_local Coming coming;
+static i64 row_bytes(Matrix m, i64 k) { return m.scales ? k / 2 : k * 2; }
+static void ask_for(Matrix m, i64 from, i64 k) {
+    const char* at = (const char*)m.values + from * row_bytes(m, k);
+    coming.parts[coming.turn ^= 1] = {at, at + PANEL * row_bytes(m, k)};
+}
+
+// y[r] += a panel's outputs, all or the first sixteen, for any number of rows, whose scales lie apart from their pairs: (rows, PANEL). So many
+// `lines` of what is coming are asked for meanwhile.
+static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 rows, i64 row, i64 stretches, float* y, int outputs = PANEL,
+                 i64 lines = 0) {
     const i64 pieces = (rows + HEIGHT - 1) / HEIGHT;  // of about as many rows each
     for (i64 half = 0; half < outputs; half += LANES, w.words += LANES, w.scales += LANES, y += LANES)
         for (i64 piece = 0; piece < pieces; piece++) {
             const i64 first = rows * piece / pieces;
+            if (lines) coming.some(lines * LANES / (outputs * pieces) + 1);
             const auto some = [&](auto count) { meet<count>(w, same, x + first * row, scales + first * row, row, stretches, y + first * PANEL); };
             switch (rows * (piece + 1) / pieces - first) {
                 case 1: some(std::integral_constant<int, 1>()); break;
@@ -302,18 +321,17 @@ static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 
         }
 }
 
-static void ask_for(Matrix, i64, i64) {}  // nothing long before it is needed
-
 // y[r] = outputs `from` on of a matrix, a panel of them, for all rows.
 static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint32_t* x, i64 rows, i64 row, i64 k, float* y) {
     memset(y, 0, rows * PANEL * sizeof(float));
     // All lines at once, in order: filled are eight rows at a time, which memory is slower to answer.
-    const auto at = [&](i64 o) { return (const char*)m.values + (m.scales ? o * k / 2 : o * k * 2); };
+    const auto at = [&](i64 o) { return (const char*)m.values + o * row_bytes(m, k); };
     for (const char *line = at(from), *end = at(std::min(from + PANEL, outputs)); line < end; line += 64) _mm_prefetch(line, _MM_HINT_T0);
     for (i64 begin = 0; begin < k; begin += DEPTH) {
         const i64 end = std::min<i64>(begin + DEPTH, k);
         fill(w, m, from, outputs, begin, end, k, group);
-        meet(w, m.scales ? group / STRETCH : 1, x + begin / 2, (const float*)x + k / 2 + begin / STRETCH, rows, row, (end - begin) / STRETCH, y);
+        meet(w, m.scales ? group / STRETCH : 1, x + begin / 2, (const float*)x + k / 2 + begin / STRETCH, rows, row, (end - begin) / STRETCH, y,
+             PANEL, PANEL * row_bytes(m, end - begin) / 64);
     }
 }
 
