@@ -203,6 +203,38 @@ struct Heads {
             put_pairs(to, all, a.rank + i, _mm512_maskz_loadu_epi16(first32(a.rope - i), rotary + i), false);
         return scale;
     }
+    // Latents as values: pairs of keys, a panel of columns after the other.
+    static void turn(const Attention& a, const Bench& b, i64 pairs) {
+        const i64 row = paired_size(size(a));
+        for (i64 p = 0; p < pairs; p++)
+            for (i64 column = 0; column < a.rank; column += 16) {
+                const uint32_t* at = b.keys + 2 * p * row + column / 2;
+                const __m256i one = _mm256_loadu_si256((const __m256i*)at), two = _mm256_loadu_si256((const __m256i*)(at + row));
+                const __m256i low = _mm256_unpacklo_epi16(one, two), high = _mm256_unpackhi_epi16(one, two);
+                __m256i* to = (__m256i*)(b.values + (column / PANEL * KEYS / 2 + p) * PANEL + column % PANEL);
+                _mm256_storeu_si256(to, _mm256_permute2x128_si256(low, high, 0x20));
+                _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(low, high, 0x31));
+            }
+    }
+    // What `soften` left in the scores of stretch `n`, times its factor and the keys' scales: of each head a row of pairs.
+    static void put_weights(const Bench& b, i64 n, const float* scale, __m512 factor) {
+        __m512 most = _mm512_set1_ps(LEAST), weight[STRETCH];
+        for (int k = 0; k < STRETCH; k++) {
+            weight[k] = _mm512_mul_ps(_mm512_loadu_ps(b.scores + (n * STRETCH + k) * PANEL), _mm512_set1_ps(scale[n * STRETCH + k]));
+            most = _mm512_max_ps(most, weight[k]);
+        }
+        const __m512 by = _mm512_div_ps(_mm512_set1_ps(MOST_KEY), most);
+        __m512i turned[LANES];
+        for (int p = 0; p < LANES; p++) turned[p] = pairs_of(_mm512_mul_ps(weight[2 * p], by), _mm512_mul_ps(weight[2 * p + 1], by));
+        transpose16(turned);
+        alignas(32) float one[LANES];
+        _mm512_storeu_ps(one, _mm512_mul_ps(factor, _mm512_mul_ps(most, _mm512_set1_ps(1.0f / MOST_KEY))));
+        for (int h = 0; h < LANES; h++) {
+            uint32_t* to = b.weights + h * paired_size(KEYS);
+            _mm512_storeu_si512(to + n * STRETCH / 2, turned[h]);
+            ((float*)to)[KEYS / 2 + n] = one[h];
+        }
+    }
     static void read(const Attention& a, const Latents& c, i64 row, const uint32_t* queries, i64 begin, i64 end, const Sums& s, uint32_t* memory) {
         const Bench b(a, memory);
         const i64 all = size(a), key_row = paired_size(all), weight_row = paired_size(KEYS);
@@ -217,15 +249,7 @@ struct Heads {
             for (i64 k = 0; k < there; k++)
                 scale[k] = take(a, c.latent + row * c.latent_row + (block + k) * c.latent_key, c.rotary + row * c.rotary_row + (block + k) * c.rotary_key,
                                 b.keys + k * key_row);
-            for (i64 p = 0; p < stretches * STRETCH / 2; p++)
-                for (i64 column = 0; column < a.rank; column += 16) {
-                    const uint32_t* at = b.keys + 2 * p * key_row + column / 2;
-                    const __m256i one = _mm256_loadu_si256((const __m256i*)at), two = _mm256_loadu_si256((const __m256i*)(at + key_row));
-                    const __m256i low = _mm256_unpacklo_epi16(one, two), high = _mm256_unpackhi_epi16(one, two);
-                    __m256i* to = (__m256i*)(b.values + (column / PANEL * KEYS / 2 + p) * PANEL + column % PANEL);
-                    _mm256_storeu_si256(to, _mm256_permute2x128_si256(low, high, 0x20));
-                    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(low, high, 0x31));
-                }
+            turn(a, b, stretches * STRETCH / 2);
             memset(b.scores, 0, there * PANEL * sizeof(float));
             meet({(uint32_t*)queries, (float*)queries + all / 2 * PANEL}, 1, b.keys, (const float*)b.keys + all / 2, there, key_row, all / STRETCH,
                  b.scores, LANES);
@@ -239,24 +263,7 @@ struct Heads {
                 const __m512 one = _mm512_set1_ps(less[at / PANEL % LANES]);
                 for (int half = 0; half < PANEL; half += LANES) _mm512_storeu_ps(s.read + at + half, _mm512_mul_ps(_mm512_loadu_ps(s.read + at + half), one));
             }
-            for (i64 n = 0; n < stretches; n++) {
-                __m512 most = _mm512_setzero_ps(), weight[STRETCH];
-                for (int k = 0; k < STRETCH; k++) {
-                    weight[k] = _mm512_mul_ps(_mm512_loadu_ps(b.scores + (n * STRETCH + k) * PANEL), _mm512_set1_ps(scale[n * STRETCH + k]));
-                    most = _mm512_max_ps(most, weight[k]);
-                }
-                most = _mm512_max_ps(most, _mm512_set1_ps(LEAST));
-                const __m512 by = _mm512_div_ps(_mm512_set1_ps(MOST_KEY), most);
-                __m512i turned[LANES];
-                for (int p = 0; p < LANES; p++) turned[p] = pairs_of(_mm512_mul_ps(weight[2 * p], by), _mm512_mul_ps(weight[2 * p + 1], by));
-                transpose16(turned);
-                _mm512_storeu_ps(less, _mm512_mul_ps(factor[n], _mm512_mul_ps(most, _mm512_set1_ps(1.0f / MOST_KEY))));
-                for (int h = 0; h < LANES; h++) {
-                    uint32_t* to = b.weights + h * weight_row;
-                    _mm512_storeu_si512(to + n * STRETCH / 2, turned[h]);
-                    ((float*)to)[KEYS / 2 + n] = less[h];
-                }
-            }
+            for (i64 n = 0; n < stretches; n++) put_weights(b, n, scale, factor[n]);
             for (i64 column = 0; column < a.rank; column += PANEL)
                 meet({b.values + column * KEYS / 2, b.ones}, KEYS, b.weights, (const float*)b.weights + KEYS / 2, LANES, weight_row, stretches,
                      s.read + column * LANES);
@@ -363,7 +370,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
             const auto weight = [&](i64 p) { return exp16(_mm512_sub_ps(_mm512_loadu_ps(mine[p].best), top)); };
             for (i64 p = 0; p < pieces; p++) sum = _mm512_fmadd_ps(weight(p), _mm512_loadu_ps(mine[p].total), sum);
             for (i64 p = 0; p < pieces; p++)  // from here on `total` is what each piece counts for
-                _mm512_storeu_ps(mine[p].total, _mm512_div_ps(weight(p), _mm512_max_ps(sum, _mm512_set1_ps(1e-30f))));
+                _mm512_storeu_ps(mine[p].total, _mm512_div_ps(weight(p), _mm512_max_ps(_mm512_set1_ps(1e-30f), sum)));  // in this order NaN stays
             const i64 r = s.begin / groups, first = s.begin % groups * LANES;
             for (i64 i = 0; i < std::min<i64>(LANES, a.heads - first); i++)
                 for (i64 column = 0; column < a.rank; column += 32) {

@@ -181,6 +181,11 @@ def test_what_is_not_finite_stays_so(bad):
     parts[2][0, 30, 1] = bad
     broken = attention(*parts, 0, None, 0.3).isnan()[0]
     assert broken[30:, 1].all() and not broken[:30].any() and not broken[:, [0, 2]].any()
+    model = make({})
+    given = inputs(model, 3, 40)
+    given[3][1, 0, 30, 2] = bad
+    finite = one_step(model.language_model.model.layers[1], *given)[0].isfinite()
+    assert not finite[1].any() and finite[[0, 2]].all()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 200])
