@@ -42,6 +42,7 @@ struct Reading {
     const uint8_t* mask;    // null, or for each key 0 for padding
     float scale;
 };
+
 // The sums of `G` groups of queries over the keys from `begin` to `end`, `KEYS` at a time: what is read of them stays in the
 // nearer caches. `add(first, keys, shrink)` adds the values of the keys from `first` on, weighted, to sums that shrink before.
 template <int G, int KEYS, class F> static void attend(const Reading& a, i64 begin, i64 end, const Sums& s, F add) {
@@ -181,12 +182,7 @@ struct Heads {
 
     static void pack(const Attention& a, const bf16* const* still, const bf16* const* turning, i64 some, uint32_t* to, uint32_t* memory) {
         bf16* rows = Bench(a, memory).rows;
-        for (i64 i = 0; i < some; i++) {
-            bf16* row = rows + i * size(a);
-            memcpy(row, still[i], a.rank * sizeof(bf16));
-            memcpy(row + a.rank, turning[i], a.rope * sizeof(bf16));
-            memset(row + a.rank + a.rope, 0, (size(a) - a.rank - a.rope) * sizeof(bf16));
-        }
+        for (i64 i = 0; i < some; i++) join(rows + i * size(a), size(a), still[i], a.rank, turning[i], a.rope);
         float* scales = (float*)to + size(a) / 2 * PANEL;
         fill({to, scales}, {rows, nullptr}, 0, some, 0, size(a), size(a), 0);
         for (i64 i = 0; i < size(a) / STRETCH * PANEL; i++) scales[i] *= a.scale;

@@ -195,7 +195,7 @@ static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint
 
 // Let the weights of some outputs come nearer while others are being multiplied.
 static void ask_for(Matrix m, i64 from, i64 k) {
-    const i64 row = m.scales ? k / 2 : k * 2;  // bytes
+    const i64 row = row_bytes(m, k);
     const char* begin = (const char*)m.values + from * row;
     for (const char* at = begin; at < begin + PANEL * row; at += 64) _mm_prefetch(at, _MM_HINT_T1);
 }

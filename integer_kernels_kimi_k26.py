@@ -14,6 +14,13 @@ INTEGERS = r"""
 enum { PANEL = 32, HEIGHT = 6, STRETCH = 32, DEPTH = 512, MOST_GIVEN = 16383, MOST_WEIGHT = 4095 };
 static const float LEAST = 1e-30f;  // what has no larger value is zero: its scale could not be divided by
 
+// One row of two parts; what is missing at the end is zero.
+static void join(bf16* to, i64 size, const bf16* still, i64 nope, const bf16* turning, i64 rope) {
+    memcpy(to, still, nope * sizeof(bf16));
+    memcpy(to + nope, turning, rope * sizeof(bf16));
+    memset(to + nope + rope, 0, (size - nope - rope) * sizeof(bf16));
+}
+
 // What makes the largest of bfloat16 values `most`, and the scale of such integers: NaN if a value is not finite.
 static inline float scale_of(const bf16* x, i64 count, int most, float& factor) {
     __m256i larger = _mm256_setzero_si256();
@@ -294,7 +301,6 @@ struct Coming {
     }
 };
 static thread_local Coming coming;
-static i64 row_bytes(Matrix m, i64 k) { return m.scales ? k / 2 : k * 2; }
 static void ask_for(Matrix m, i64 from, i64 k) {
     const char* at = (const char*)m.values + from * row_bytes(m, k);
     coming.parts[coming.turn ^= 1] = {at, at + PANEL * row_bytes(m, k)};

@@ -141,6 +141,7 @@ struct Matrix {
     const void* values;
     const bf16* scales;  // null: `values` are bfloat16
 };
+static inline i64 row_bytes(Matrix m, i64 k) { return m.scales ? k / 2 : k * 2; }  // of the values of one output
 
 // The same for INT4 words, and rows that are spread for them: see `spread`.
 template <int O, int R>

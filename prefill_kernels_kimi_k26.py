@@ -120,16 +120,10 @@ struct Copied {
             mine.sums.layout(QUERIES, columns, KEYS);
         }
     }
-    // One row of two parts; what is missing at the end is zero.
-    void join(bf16* to, const bf16* still, const bf16* turning) const {
-        memcpy(to, still, e.nope * sizeof(bf16));
-        memcpy(to + e.nope, turning, e.rope * sizeof(bf16));
-        memset(to + e.nope + e.rope, 0, (size - e.nope - e.rope) * sizeof(bf16));
-    }
     void copy(i64 b, i64 h, i64 n) {
         bf16* row = benches[omp_get_thread_num()].rows;
         for (Share s(e.keys); s.begin < s.end; s.begin++) {
-            join(row, e.key + place(e.key_at, b, s.begin, h), e.rotary + place(e.rotary_at, b, s.begin, 0));
+            join(row, size, e.key + place(e.key_at, b, s.begin, h), e.nope, e.rotary + place(e.rotary_at, b, s.begin, 0), e.rope);
             uint32_t* to = keys + (n * e.keys + s.begin) * key_row;
             for (i64 i = 0; i < size; i += STRETCH) put_pairs(to, size, i, _mm512_loadu_si512(row + i), false);
         }
@@ -154,7 +148,8 @@ struct Copied {
         const Mine& mine = benches[omp_get_thread_num()];
         const Sums& s = mine.sums;
         for (i64 i = 0; i < QUERIES; i++)
-            join(mine.rows + i * size, e.query + place(e.query_at, a.b, a.tokens[i], a.h), e.turned + place(e.turned_at, a.b, a.tokens[i], a.h));
+            join(mine.rows + i * size, size, e.query + place(e.query_at, a.b, a.tokens[i], a.h), e.nope,
+                 e.turned + place(e.turned_at, a.b, a.tokens[i], a.h), e.rope);
         fill(mine.queries, {mine.rows, nullptr}, 0, QUERIES, 0, size, size, 0);
         for (i64 i = 0; i < size / STRETCH * PANEL; i++) mine.queries.scales[i] *= e.scale;
         memset(s.read, 0, s.read_size * sizeof(float));

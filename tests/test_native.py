@@ -52,6 +52,7 @@ compile_kind = functools.cache(lambda kind: native_kimi_k26.load(KINDS[kind] + n
 
 
 def use_kernels(monkeypatch, kind: str):
+    assert compile_kind(kind) is not None
     for module in (native_kimi_k26, decoding_kimi_k26, experts_kimi_k26):
         monkeypatch.setattr(module, "library", lambda: compile_kind(kind))
 
@@ -217,9 +218,12 @@ def test_a_whole_model_where_pytorch_is_slow(monkeypatch):
 
 
 def test_both_kinds_round_alike(monkeypatch):
-    """What is no product has the same bits from the kernels for AVX-512 and those for AVX2, and the norm all but the last."""
+    """What is no product has the same bits from the kernels for AVX-512 and those for AVX2; norms and products all but the last."""
     torch.manual_seed(0)
-    x, gain, angles = torch.randn(5, 224).bfloat16(), torch.randn(224).bfloat16(), torch.randn(5, 1, 112)
+    x, weight, gain = torch.randn(5, 224).bfloat16(), torch.randn(37, 224).bfloat16(), torch.randn(224).bfloat16()
+    angles = torch.randn(5, 1, 112)
+    parts = [torch.randn(1, 40, 3, 64).bfloat16() for _ in range(2)]
+    turning, rotary = torch.randn(1, 40, 3, 32).bfloat16(), torch.randn(1, 40, 32).bfloat16()
     words, scale = quantize_int4(torch.randn(48, 128), 32)
     results = []
     for kind in KINDS:
@@ -227,10 +231,12 @@ def test_both_kinds_round_alike(monkeypatch):
         plain = torch.empty(48, 128, dtype=torch.bfloat16)
         dequantize(words, scale.bfloat16(), plain)
         turned = native_kimi_k26.rotate(x.view(5, 1, 224), angles.cos(), angles.sin())
-        results.append((turned, plain, native_kimi_k26.norm(x, gain, 1e-5).float()))
-    (turned, plain, normed), (turned_too, plain_too, normed_too) = results
-    assert torch.equal(turned, turned_too) and torch.equal(plain, plain_too)
-    assert (normed - normed_too).abs().max() <= normed.abs().max() / 128
+        attended = attention(parts[0], turning, parts[1], rotary, parts[1], 0, None, 0.1)
+        results.append(((turned, plain), (native_kimi_k26.norm(x, gain, 1e-5), few_rows(x, weight), attended)))
+    (same, near), (same_too, near_too) = results
+    assert all(map(torch.equal, same, same_too))
+    for one, other in zip(near, near_too):
+        assert (one.float() - other.float()).abs().max() <= one.abs().max() / 128
 
 
 @pytest.mark.parametrize("shape", [(1, 50, 16, 64), (2, 7, 3, 6), (5, 4, 72), (1, 1, 1, 64), (2, 3, 1, 34)])
