@@ -41,12 +41,92 @@ struct Reading {
     const int32_t* limits;  // null, or how many keys each query may see
     const uint8_t* mask;    // null, or for each key 0 for padding
     float scale;
+    bf16* copies;           // null, or memory of this thread for rows of keys that cannot be read as they lie
 };
+
+// `score` writes what `keys` keys from `block` on and all queries have together, (keys, queries), before they are scaled.
+#ifdef TILES
+
+enum { TOGETHER = 32 };  // keys whose values are added at once
+static inline i64 padded(i64 size) { return (size + 31) / 32 * 32; }  // of a part of a query, as tiles read it
+static i64 copied(i64 rank, i64 rope) { return 64 * (padded(rank) + padded(rope)); }  // of `Reading::copies`
+
+// Sixteen rows of keys from `k` on for a tile. The last ones, and those that end within a tile, are copied, with zeros behind them.
+struct Rows { const bf16* at; i64 bytes; };
+static Rows key_rows(const Part& p, i64 k, i64 there, bf16* copies) {
+    const bf16* at = p.key + k * p.key_row;
+    if (!copies || (there >= LANES && p.size % 32 == 0)) return {at, p.key_row * (i64)sizeof(bf16)};
+    const i64 row = padded(p.size);
+    for (i64 i = 0; i < LANES; i++)
+        for (i64 c = 0; c < row; c += 32) {
+            const __m512bh some = load32(at + std::min(i, there - 1) * p.key_row + c, first32(p.size - c));
+            _mm512_storeu_si512(copies + i * row + c, (__m512i)some);
+        }
+    return {copies, row * (i64)sizeof(bf16)};
+}
+template <int G> static void score(const Reading& a, i64 block, i64 keys, float* scores) {
+    constexpr int N = 4 / G;  // tiles of keys at a time
+    for (i64 k = 0; k < keys; k += N * LANES, scores += N * LANES * G * LANES) {
+        const i64 tiles = std::min<i64>(N, (keys - k + LANES - 1) / LANES);
+        bf16* copies = a.copies;
+        clear_tile(0); clear_tile(1); clear_tile(2); clear_tile(3);
+        for (const Part& p : a.parts) {
+            Rows rows[N];
+            for (i64 n = 0; n < tiles && p.size; n++) {
+                rows[n] = key_rows(p, block + k + n * LANES, keys - k - n * LANES, copies);
+                if (copies) copies += LANES * padded(p.size);
+            }
+            for (i64 c = 0; c < p.size; c += 32) {
+                const uint32_t* query = p.query + c / 2 * G * LANES;
+                if constexpr (G == 1) {
+                    load_tile(7, query, 64);
+                    load_tile(4, rows[0].at + c, rows[0].bytes); multiply_tiles(0, 4, 7);
+                    if (tiles > 1) { load_tile(5, rows[1].at + c, rows[1].bytes); multiply_tiles(1, 5, 7); }
+                    if (tiles > 2) { load_tile(6, rows[2].at + c, rows[2].bytes); multiply_tiles(2, 6, 7); }
+                    if (tiles > 3) { load_tile(4, rows[3].at + c, rows[3].bytes); multiply_tiles(3, 4, 7); }
+                } else {
+                    load_tile(6, query, 128);
+                    load_tile(7, query + LANES, 128);
+                    load_tile(4, rows[0].at + c, rows[0].bytes); multiply_tiles(0, 4, 6); multiply_tiles(1, 4, 7);
+                    if (tiles > 1) { load_tile(5, rows[1].at + c, rows[1].bytes); multiply_tiles(2, 5, 6); multiply_tiles(3, 5, 7); }
+                }
+            }
+        }
+        if constexpr (G == 1) {
+            store_tile(0, scores, 64);
+            if (tiles > 1) store_tile(1, scores + 16 * LANES, 64);
+            if (tiles > 2) store_tile(2, scores + 32 * LANES, 64);
+            if (tiles > 3) store_tile(3, scores + 48 * LANES, 64);
+        } else {
+            store_tile(0, scores, 128); store_tile(1, scores + LANES, 128);
+            if (tiles > 1) { store_tile(2, scores + 32 * LANES, 128); store_tile(3, scores + 33 * LANES, 128); }
+        }
+    }
+}
+#else
+
+enum { TOGETHER = 2 };
+static inline i64 padded(i64 size) { return size; }
+static i64 copied(i64, i64) { return 0; }
+template <int G> static void score(const Reading& a, i64 block, i64 keys, float* scores) {
+    constexpr int N = REGISTERS / 2 / G;
+    i64 k = 0;
+    const auto some = [&](auto count) {
+        __m512 sum[count][G];
+        for (int n = 0; n < count; n++) for (int g = 0; g < G; g++) sum[n][g] = _mm512_setzero_ps();
+        for (const Part& p : a.parts)
+            lanes<G, count, (count > 1)>(p.query, (const uint32_t*)(p.key + (block + k) * p.key_row), p.key_row / 2, 1, p.size / 2, sum);
+        for (int n = 0; n < count; n++) for (int g = 0; g < G; g++) _mm512_storeu_ps(scores + ((k + n) * G + g) * LANES, sum[n][g]);
+        k += count;
+    };
+    while (k + N <= keys) some(std::integral_constant<int, N>());
+    while (k < keys) some(std::integral_constant<int, 1>());
+}
+#endif
 
 // The sums of `G` groups of queries over the keys from `begin` to `end`, `KEYS` at a time: what is read of them stays in the
 // nearer caches. `add(first, keys, shrink)` adds the values of the keys from `first` on, weighted, to sums that shrink before.
 template <int G, int KEYS, class F> static void attend(const Reading& a, i64 begin, i64 end, const Sums& s, F add) {
-    constexpr int N = REGISTERS / 2 / G;
     const __m512 never = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a.scale);
     __m512 best[G], total[G];
     __m512i limit[G];
@@ -60,47 +140,32 @@ template <int G, int KEYS, class F> static void attend(const Reading& a, i64 beg
     }
     memset(s.read, 0, s.read_size * sizeof(float));
     for (i64 block = begin; block < end; block += KEYS) {
-        const i64 keys = std::min<i64>(end - block, KEYS);
-        i64 k = 0;
-        for (; k + N <= keys; k += N) {
-            __m512 sum[N][G];
-            for (int n = 0; n < N; n++) for (int g = 0; g < G; g++) sum[n][g] = _mm512_setzero_ps();
-            for (const Part& p : a.parts)
-                lanes<G, N, true>(p.query, (const uint32_t*)(p.key + (block + k) * p.key_row), p.key_row / 2, 1, p.size / 2, sum);
-            for (int n = 0; n < N; n++)
-                for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + ((k + n) * G + g) * LANES, _mm512_mul_ps(sum[n][g], scale));
-        }
-        for (; k < keys; k++) {
-            __m512 sum[1][G];
-            for (int g = 0; g < G; g++) sum[0][g] = _mm512_setzero_ps();
-            for (const Part& p : a.parts)
-                lanes<G, 1>(p.query, (const uint32_t*)(p.key + (block + k) * p.key_row), 0, 1, p.size / 2, sum);
-            for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + (k * G + g) * LANES, _mm512_mul_ps(sum[0][g], scale));
-        }
-        if (a.mask)
-            for (k = 0; k < keys; k++)
-                if (!a.mask[block + k]) for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + (k * G + g) * LANES, never);
+        const i64 keys = std::min<i64>(end - block, KEYS), whole = (keys + TOGETHER - 1) / TOGETHER * TOGETHER;
+        const auto hide = [&](i64 k) { for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + (k * G + g) * LANES, never); };
+        score<G>(a, block, keys, s.scores);
+        i64 k;
+        if (a.mask) for (k = 0; k < keys; k++) if (!a.mask[block + k]) hide(k);
         for (k = std::max<i64>(0, unlimited - block); k < keys; k++)
             for (int g = 0; g < G; g++) {
                 const __mmask16 hidden = _mm512_cmple_epi32_mask(limit[g], _mm512_set1_epi32(block + k));
                 _mm512_mask_storeu_ps(s.scores + (k * G + g) * LANES, hidden, never);
             }
-        if (keys % 2) for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + (keys * G + g) * LANES, never);
+        for (k = keys; k < whole; k++) hide(k);
         __m512 shrink[G];
         for (int g = 0; g < G; g++) {
             const float* score = s.scores + g * LANES;
             __m512 top = best[g];
-            for (k = 0; k < keys; k++) top = _mm512_max_ps(top, _mm512_loadu_ps(score + k * G * LANES));
+            for (k = 0; k < keys; k++) top = _mm512_max_ps(top, _mm512_mul_ps(_mm512_loadu_ps(score + k * G * LANES), scale));
             // Where all is hidden so far any finite number serves: every weight becomes zero.
             const __m512 from = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps());
             shrink[g] = exp16(_mm512_sub_ps(best[g], from));
             best[g] = top;
             __m512 sum = _mm512_mul_ps(total[g], shrink[g]);
-            for (i64 p = 0; p < (keys + 1) / 2; p++) {
-                const __m512 one = exp16(_mm512_sub_ps(_mm512_loadu_ps(score + 2 * p * G * LANES), from));
-                const __m512 two = exp16(_mm512_sub_ps(_mm512_loadu_ps(score + (2 * p + 1) * G * LANES), from));
+            const auto weight = [&](i64 k) { return exp16(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(score + k * G * LANES), scale), from)); };
+            for (k = 0; k < whole; k += 2) {
+                const __m512 one = weight(k), two = weight(k + 1);
                 sum = _mm512_add_ps(sum, _mm512_add_ps(one, two));
-                _mm512_storeu_si512(s.weights + (p * G + g) * LANES, paired(one, two));
+                _mm512_storeu_si512(s.weights + (k / 2 * G + g) * LANES, paired(one, two));
             }
             total[g] = sum;
         }
@@ -111,6 +176,47 @@ template <int G, int KEYS, class F> static void attend(const Reading& a, i64 beg
 
 // read[h] = shrink[h] * read[h] + the sum of weights[k][h] * value[k] for sixteen heads and some keys: values are read as they lie,
 // two keys' interleaved on the way, so columns come in the order that `store_columns` undoes.
+#ifdef TILES
+static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, __m512 shrink, float* read) {
+    enum { STEPS = 4 };  // of 32 keys
+    alignas(64) float less[LANES];
+    alignas(64) uint32_t lines[STEPS][2][16][LANES];  // of 32 columns the lower halves of sixteens, and the upper ones
+    _mm512_store_ps(less, shrink);
+    const i64 steps = (keys + 31) / 32;
+    for (i64 s = 0; s < steps; s++) {
+        __m512i turned[LANES];
+        for (int p = 0; p < LANES; p++) turned[p] = _mm512_loadu_si512(weights + (s * 16 + p) * LANES);
+        transpose16(turned);
+        for (int h = 0; h < LANES; h++) _mm512_storeu_si512(lines[s][0][h], turned[h]);
+    }
+    load_tile(4, lines[0][0], 64);
+    if (steps > 1) load_tile(5, lines[1][0], 64);
+    if (steps > 2) load_tile(6, lines[2][0], 64);
+    if (steps > 3) load_tile(7, lines[3][0], 64);
+    const char* ahead = (const char*)(value + keys * row);  // a line with each pair: the block that follows comes nearer
+    for (i64 column = 0; column < columns; column += 32) {
+        for (int h = 0; h < LANES; h++)
+            for (float* to : {read + h * columns + column, read + h * columns + column + LANES})
+                _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(less[h])));
+        for (i64 p = 0; p < steps * 16; p++, ahead += 64) {
+            _mm_prefetch(ahead, _MM_HINT_T1);
+            const bf16* at = value + std::min(2 * p, keys - 1) * row + column;  // what is not there has a weight of zero
+            const __m512i one = (__m512i)load32(at), two = (__m512i)load32(2 * p + 1 < keys ? at + row : at);
+            _mm512_storeu_si512(lines[p / 16][0][p % 16], _mm512_unpacklo_epi16(one, two));
+            _mm512_storeu_si512(lines[p / 16][1][p % 16], _mm512_unpackhi_epi16(one, two));
+        }
+        load_tile(0, read + column, columns * 4);
+        load_tile(1, read + column + LANES, columns * 4);
+        load_tile(2, lines[0][0], 64); load_tile(3, lines[0][1], 64);
+        multiply_tiles(0, 4, 2); multiply_tiles(1, 4, 3);
+        if (steps > 1) { load_tile(2, lines[1][0], 64); load_tile(3, lines[1][1], 64); multiply_tiles(0, 5, 2); multiply_tiles(1, 5, 3); }
+        if (steps > 2) { load_tile(2, lines[2][0], 64); load_tile(3, lines[2][1], 64); multiply_tiles(0, 6, 2); multiply_tiles(1, 6, 3); }
+        if (steps > 3) { load_tile(2, lines[3][0], 64); load_tile(3, lines[3][1], 64); multiply_tiles(0, 7, 2); multiply_tiles(1, 7, 3); }
+        store_tile(0, read + column, columns * 4);
+        store_tile(1, read + column + LANES, columns * 4);
+    }
+}
+#else
 static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, __m512 shrink, float* read) {
     constexpr int HEADS = REGISTERS / 2;  // at a time
     alignas(64) float less[LANES];
@@ -135,20 +241,22 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
             for (int h = 0; h < HEADS; h++) _mm512_storeu_ps(read + (from + h) * columns + column, sum[h]);
         }
 }
+#endif
 
 struct Heads {
     enum { KEYS = 128 };  // at a time
-    static i64 words(const Attention& a) { return LANES * (a.rank + a.rope) / 2; }  // of their queries
-    static i64 bench(const Attention& a) { return 0; }  // words that a thread needs besides
+    static i64 words(const Attention& a) { return LANES * (padded(a.rank) + padded(a.rope)) / 2; }  // of their queries
+    static i64 bench(const Attention& a) { return copied(a.rank, a.rope) / 2; }  // words that a thread needs besides
     static void pack(const Attention& a, const bf16* const* still, const bf16* const* turning, i64 some, uint32_t* to, uint32_t*) {
+        memset(to, 0, words(a) * sizeof *to);
         kimi::pack(still, some, a.rank / 2, to, LANES);
-        kimi::pack(turning, some, a.rope / 2, to + LANES * a.rank / 2, LANES);
+        kimi::pack(turning, some, a.rope / 2, to + LANES * padded(a.rank) / 2, LANES);
     }
-    static void read(const Attention& a, const Latents& c, i64 row, const uint32_t* queries, i64 begin, i64 end, const Sums& s, uint32_t*) {
+    static void read(const Attention& a, const Latents& c, i64 row, const uint32_t* queries, i64 begin, i64 end, const Sums& s, uint32_t* memory) {
         const bf16* latent = c.latent + row * c.latent_row;
         const Reading reading = {{{queries, latent, c.latent_key, a.rank},
-                                  {queries + LANES * a.rank / 2, c.rotary + row * c.rotary_row, c.rotary_key, a.rope}},
-                                 nullptr, c.mask ? c.mask + row * c.mask_row : nullptr, a.scale};
+                                  {queries + LANES * padded(a.rank) / 2, c.rotary + row * c.rotary_row, c.rotary_key, a.rope}},
+                                 nullptr, c.mask ? c.mask + row * c.mask_row : nullptr, a.scale, (bf16*)memory};
         attend<1, KEYS>(reading, begin, end, s, [&](i64 first, i64 count, const __m512 (&shrink)[1]) {
             add_rows(latent + first * c.latent_key, c.latent_key, a.rank, s.weights, count, shrink[0], s.read);
         });
@@ -300,6 +408,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
     });
     #pragma omp parallel num_threads(threads)
     {
+        const Tiles tiles;
         uint32_t* bench = benches + omp_get_thread_num() * Heads::bench(a);
         for (Share s(rows); s.begin < s.end; s.begin++)
             rms_norm(x + s.begin * a.hidden, a.norm, normed + s.begin * a.hidden, a.hidden, a.eps);

@@ -1,4 +1,7 @@
-"""The CPU's kernels of INT4 words, and of many rows, in products of bfloat16: for processors that have them."""
+"""The CPU's kernels of INT4 words, and of many rows, in products of bfloat16: for processors that have them.
+
+`PANELS` are the products of many rows where there are no tiles (`tile_kernels_kimi_k26`).
+"""
 
 BFLOAT16 = r"""
 // ---------------------------------------------------------------------------------------- INT4 words and few rows
@@ -93,21 +96,47 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
     settle<O, R>(sum, y);
 }
 
-// ---------------------------------------------------------------------------------------- many rows: panels of weights
+// ---------------------------------------------------------------------------------------- many rows: what all ways of them share
 
-// Weights are turned, a panel of outputs at a time, so that each output has a lane of a vector. Every
-// row then meets them a pair of values at a time, and any number of rows is as good. INT4 words are unpacked on the way, which
-// costs nothing beside the products of a few rows.
-enum { PANEL = 32, HEIGHT = 5, STRETCH = 32 };  // outputs of a panel; rows that registers hold; inputs whose sum is scaled
+enum { PANEL = 32, STRETCH = 32 };  // outputs of a panel; inputs whose sum is scaled
 
-// One row as panels want it, in words: pairs of inputs, and of each stretch what is too much (see `unpacked`). A pair has the
-// inputs that a shift of INT4 words brings together: of eight the first and the fifth, and so on; of bfloat16 neighbours.
-static inline i64 paired_size(i64 k) { return k / 2 + k / STRETCH; }
+// A pair has the inputs that a shift of INT4 words brings together: of eight the first and the fifth, and so on; of bfloat16 neighbours.
 static inline __m512i as_pairs(__m512i x, bool packed) {  // 32 inputs
     const __m512i four = _mm512_setr_epi64(0x0005000100040000, 0x0007000300060002, 0x000d0009000c0008, 0x000f000b000e000a,
                                            0x0015001100140010, 0x0017001300160012, 0x001d0019001c0018, 0x001f001b001e001a);
     return packed ? _mm512_permutexvar_epi16(four, x) : x;
 }
+
+// `load(o, t, there)`: words `t` on of row `o`, those that are there; `put(t, words)` gets one of each of sixteen rows.
+template <class L, class P> static inline void turn(i64 words, L load, P put) {
+    for (i64 t = 0; t < words; t += LANES) {
+        const i64 some = std::min<i64>(LANES, words - t);
+        __m512i turned[LANES];
+        for (int o = 0; o < LANES; o++) turned[o] = load(o, t, first16(some));
+        transpose16(turned);
+        for (i64 i = 0; i < some; i++) put(t + i, turned[i]);
+    }
+}
+
+// Let the weights of some outputs come nearer while others are being multiplied.
+static void ask_for(Matrix m, i64 from, i64 k) {
+    const i64 row = row_bytes(m, k);
+    const char* begin = (const char*)m.values + from * row;
+    for (const char* at = begin; at < begin + PANEL * row; at += 64) _mm_prefetch(at, _MM_HINT_T1);
+}
+"""
+
+PANELS = r"""
+// ---------------------------------------------------------------------------------------- many rows: panels of weights
+
+// Weights are turned, a panel of outputs at a time, so that each output has a lane of a vector. Every
+// row then meets them a pair of values at a time, and any number of rows is as good. INT4 words are unpacked on the way, which
+// costs nothing beside the products of a few rows.
+enum { HEIGHT = 5 };  // rows that registers hold
+
+// One row as panels want it, in words: pairs of inputs, and of each stretch what is too much (see `unpacked`).
+static inline i64 room_for(i64 rows) { return rows; }
+static inline i64 paired_size(i64 k) { return k / 2 + k / STRETCH; }
 static inline void put_pairs(uint32_t* row, i64 k, i64 at, __m512i x, bool packed) {
     _mm512_storeu_si512(row + at / 2, as_pairs(x, packed));
     const __m512bh less = (__m512bh)_mm512_set1_epi16((short)narrow(-136));
@@ -122,20 +151,10 @@ static void fill(Panel to, Matrix m, i64 from, i64 outputs, i64 k, i64 group) {
     const i64 words = m.scales ? k / 8 : k / 2, groups = m.scales ? k / group : 0;
     for (i64 half = 0; half < PANEL; half += LANES) {
         const auto row = [&](int o) { return std::min(from + half + o, outputs - 1); };
-        __m512i turned[LANES];
-        for (i64 t = 0; t < words; t += LANES) {
-            const i64 some = std::min<i64>(LANES, words - t);
-            for (int o = 0; o < LANES; o++) turned[o] = _mm512_maskz_loadu_epi32(first16(some), (const uint32_t*)m.values + row(o) * words + t);
-            transpose16(turned);
-            for (i64 i = 0; i < some; i++) _mm512_storeu_si512(to.words + (t + i) * PANEL + half, turned[i]);
-        }
-        for (i64 g = 0; g < groups; g += LANES) {
-            const i64 some = std::min<i64>(LANES, groups - g);
-            for (int o = 0; o < LANES; o++)
-                turned[o] = _mm512_castps_si512(wide16(m.scales + row(o) * groups + g, first16(some)));
-            transpose16(turned);
-            for (i64 i = 0; i < some; i++) _mm512_storeu_si512(to.scales + (g + i) * PANEL + half, turned[i]);
-        }
+        turn(words, [&](int o, i64 t, __mmask16 there) { return _mm512_maskz_loadu_epi32(there, (const uint32_t*)m.values + row(o) * words + t); },
+             [&](i64 t, __m512i some) { _mm512_storeu_si512(to.words + t * PANEL + half, some); });
+        turn(groups, [&](int o, i64 g, __mmask16 there) { return _mm512_castps_si512(wide16(m.scales + row(o) * groups + g, there)); },
+             [&](i64 g, __m512i some) { _mm512_storeu_si512(to.scales + g * PANEL + half, some); });
     }
 }
 
@@ -191,12 +210,5 @@ static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint
             default: some(std::integral_constant<int, HEIGHT>());
         }
     }
-}
-
-// Let the weights of some outputs come nearer while others are being multiplied.
-static void ask_for(Matrix m, i64 from, i64 k) {
-    const i64 row = row_bytes(m, k);
-    const char* begin = (const char*)m.values + from * row;
-    for (const char* at = begin; at < begin + PANEL * row; at += 64) _mm_prefetch(at, _MM_HINT_T1);
 }
 """

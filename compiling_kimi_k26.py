@@ -27,6 +27,14 @@ def _processor_features() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
 
 
+def may_use_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (AMX) and the system lets this process; it is asked, as it wants to be."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or not {"amx_tile", "amx_bf16"} <= _processor_features():
+        return False
+    arch_prctl, request, tiles = 158, 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tiles) == 0
+
+
 def compiled(
     name: str, source: str, needed: set[str], parallel: bool = False, depends: str = ""
 ) -> Optional[ctypes.CDLL]:

@@ -194,7 +194,7 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
     const i64 outer_row = paired_size(hidden), inner_row = paired_size(width);
     sort_pairs(chosen, table, rows * f.top_k, teams, order);
     i64 most = 0;
-    for (const Team& t : teams) most = std::max(most, t.rows);
+    for (const Team& t : teams) most = std::max(most, room_for(t.rows));
     uint32_t *outer, *inner;  // of one expert: (rows, words)
     float* sums;              // (rows, hidden)
     struct Mine { Panel panel; float *y, *z; } benches[MAX_THREADS];
@@ -211,6 +211,7 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
     const i64 count = teams.size();
     #pragma omp parallel num_threads(threads)
     {
+        const Tiles tiles;
         const Mine mine = benches[omp_get_thread_num()];
         for (Share s(rows); s.begin < s.end; s.begin++) memset(sums + s.begin * hidden, 0, hidden * sizeof(float));
         for (i64 e = 0; e < count; e++) {
@@ -338,7 +339,7 @@ extern "C" void kimi_linear(const bf16* w, i64 outputs, i64 inputs, i64 rows, co
 // out = x . w transposed (+ bias), for many rows.
 extern "C" void kimi_many_rows(const bf16* w, const bf16* bias, i64 outputs, i64 inputs, i64 rows, const bf16* x, bf16* out, i64 threads) {
     constexpr i64 AT_ONCE = 512;  // rows that meet the same panel: what is held of them is little, and panels are filled seldom
-    const i64 most = std::min(rows, AT_ONCE), row = paired_size(inputs);
+    const i64 most = room_for(std::min(rows, AT_ONCE)), row = paired_size(inputs);
     uint32_t* given;
     struct Mine { Panel panel; float* y; } benches[MAX_THREADS];
     arena.layout([&] {
@@ -348,6 +349,7 @@ extern "C" void kimi_many_rows(const bf16* w, const bf16* bias, i64 outputs, i64
     });
     #pragma omp parallel num_threads(threads)
     for (i64 first = 0; first < rows; first += AT_ONCE) {
+        const Tiles tiles;
         const Mine mine = benches[omp_get_thread_num()];
         const i64 some = std::min(rows - first, AT_ONCE);
         for (Share s(some); s.begin < s.end; s.begin++)

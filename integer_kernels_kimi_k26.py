@@ -162,6 +162,7 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
 
 // One row as panels want it, in words: pairs of inputs, then the scales. A pair has the inputs that a shift of INT4 words brings
 // together: of eight the first and the fifth, and so on; of bfloat16 neighbours.
+static inline i64 room_for(i64 rows) { return rows; }
 static inline i64 paired_size(i64 k) { return k / 2 + k / STRETCH; }
 static inline void put_pairs(uint32_t* row, i64 k, i64 at, __m512i x, bool packed) {
     __m512i values;

@@ -339,8 +339,17 @@ static inline void rows_of(const __m512* columns, i64 stride, __m512 (&row)[LANE
 }
 
 // Two vectors of lanes as pairs: one word in each lane, the first below.
+static inline __m512i paired16(__m256i one, __m256i two) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(two), 16));
+}
 static inline __m512i paired(__m512 one, __m512 two) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(narrow16(one)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(two)), 16));
+#ifdef __AVX512BF16__
+    alignas(64) static const uint16_t turns[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(turns), (__m512i)_mm512_cvtne2ps_pbh(two, one));
+#else
+    return paired16(narrow16(one), narrow16(two));
+#endif
 }
 
 // Pairs of neighbours turned. Products are rounded before they are added up, as PyTorch does it.

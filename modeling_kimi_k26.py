@@ -35,6 +35,7 @@ from .native_kimi_k26 import library  # noqa: F401
 from .placement_kimi_k26 import plan  # noqa: F401
 from .prefill_kernels_kimi_k26 import PREFILL  # noqa: F401
 from .soundness_kimi_k26 import findings_at_load  # noqa: F401
+from .tile_kernels_kimi_k26 import TILES  # noqa: F401
 from .triton_kimi_k26 import grouped_experts  # noqa: F401
 from .vocabulary_kimi import read_ranks  # noqa: F401
 

@@ -5,7 +5,8 @@ Weights are read where the checkpoint has them: bfloat16 rows, and INT4 words un
 of whose groups are scaled. Sums are float32, and results are rounded to bfloat16 where the plain path rounds them.
 
 They are written with AVX-512; where a processor has AVX2 alone, `avx2_kernels_kimi_k26` says what takes its place. Of what takes most
-time there are two kinds: `bfloat16_kernels_kimi_k26` for processors with products of bfloat16, `integer_kernels_kimi_k26` for others.
+time there are three kinds: `tile_kernels_kimi_k26` for processors with tiles (AMX), `bfloat16_kernels_kimi_k26` for those with products of
+bfloat16, `integer_kernels_kimi_k26` for others.
 Without a compiler or AVX2 `library()` is `None` and all runs on PyTorch.
 """
 
@@ -17,16 +18,18 @@ import torch
 
 from .attention_kernels_kimi_k26 import ATTENTION
 from .avx2_kernels_kimi_k26 import AVX2
-from .bfloat16_kernels_kimi_k26 import BFLOAT16
-from .compiling_kimi_k26 import address, compiled, i64
+from .bfloat16_kernels_kimi_k26 import BFLOAT16, PANELS
+from .compiling_kimi_k26 import address, compiled, i64, may_use_tiles
 from .expert_kernels_kimi_k26 import EXPERTS
 from .integer_kernels_kimi_k26 import INTEGERS
 from .kernels_kimi_k26 import COMMON, INCLUDES
 from .prefill_kernels_kimi_k26 import PREFILL
+from .tile_kernels_kimi_k26 import PRODUCTS_IN_TILES, TILES
 
 
-PRODUCTS = f"#ifdef BFLOAT16_PRODUCTS{BFLOAT16}#else{INTEGERS}#endif"
-SOURCE = f"{INCLUDES}namespace kimi {{{AVX2}{COMMON}{PRODUCTS}{ATTENTION}{PREFILL}{EXPERTS}}}\n"
+MANY_ROWS = f"#ifdef TILES{PRODUCTS_IN_TILES}#else{PANELS}#endif\n"
+PRODUCTS = f"#ifdef BFLOAT16_PRODUCTS{BFLOAT16}{MANY_ROWS}#else{INTEGERS}#endif"
+SOURCE = f"{INCLUDES}namespace kimi {{{TILES}{AVX2}{COMMON}{PRODUCTS}{ATTENTION}{PREFILL}{EXPERTS}}}\n"
 NEEDED = {"avx2", "fma"}  # as /proc/cpuinfo has them; AVX-512 with bfloat16 products is used where it is
 INPUTS = 32  # all products run over multiples of so many inputs
 MOST_ROWS = 32  # that are few: above, unpacking weights for many rows and the matrix products of PyTorch are faster
@@ -133,7 +136,7 @@ def load(source: str):
 @functools.cache
 def library():
     """The kernels, or `None` where this machine cannot have them. Compiles when first asked, once per machine."""
-    return load(SOURCE)
+    return load(f"#define TILES_ALLOWED\n{SOURCE}" if may_use_tiles() else SOURCE)
 
 
 def few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

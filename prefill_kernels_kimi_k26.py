@@ -23,6 +23,52 @@ struct Asked { i64 n, b, h, q; int32_t limits[QUERIES]; i64 tokens[QUERIES]; i64
 // for each head, `answer` by one for each of its blocks of queries.
 #ifdef BFLOAT16_PRODUCTS
 
+#ifdef TILES
+
+// Values as tiles read them: blocks of keys, of each a row for every column.
+struct Values {
+    enum { KEYS = 128 };
+    const Expanded& e;
+    const i64 columns, blocks = (e.keys + KEYS - 1) / KEYS;
+    i64 size() const { return blocks * columns * KEYS; }  // of a head
+    void copy(i64 b, i64 h, bf16* to) const {
+        for (Share s(blocks * KEYS, 32); s.begin < s.end; s.begin += 32)
+            for (i64 column = 0; column < columns; column += LANES) {
+                const auto load = [&](i64 k) {
+                    return k < e.keys ? _mm256_maskz_loadu_epi16(first16(e.v - column), e.value + place(e.value_at, b, k, h) + column) : _mm256_setzero_si256();
+                };
+                __m512i turned[LANES];
+                for (int p = 0; p < LANES; p++) turned[p] = paired16(load(s.begin + 2 * p), load(s.begin + 2 * p + 1));
+                transpose16(turned);
+                bf16* at = to + (s.begin / KEYS * columns + column) * KEYS + s.begin % KEYS;
+                for (int c = 0; c < LANES; c++) _mm512_storeu_si512(at + c * KEYS, turned[c]);
+            }
+    }
+    void add(const bf16* values, i64 first, i64 keys, const uint32_t* weights, const __m512 (&shrink)[GROUPS], float* read) const {
+        const bf16* at = values + first * columns;
+        for (i64 column = 0; column < columns; column += 2 * LANES, at += 2 * LANES * KEYS, read += 2 * LANES * QUERIES) {
+            const bool two = columns - column > LANES;
+            for (i64 i = 0; i < std::min<i64>(2 * LANES, columns - column); i++)
+                for (int g = 0; g < GROUPS; g++) {
+                    float* to = read + (i * GROUPS + g) * LANES;
+                    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), shrink[g]));
+                }
+            load_tile(0, read, QUERIES * 4); load_tile(1, read + LANES, QUERIES * 4);
+            if (two) { load_tile(2, read + 16 * QUERIES, QUERIES * 4); load_tile(3, read + 16 * QUERIES + LANES, QUERIES * 4); }
+            for (i64 k = 0; k < keys; k += 32) {
+                load_tile(6, weights + k / 2 * QUERIES, QUERIES * 4);
+                load_tile(7, weights + k / 2 * QUERIES + LANES, QUERIES * 4);
+                load_tile(4, at + k, KEYS * 2); multiply_tiles(0, 4, 6); multiply_tiles(1, 4, 7);
+                if (two) { load_tile(5, at + 16 * KEYS + k, KEYS * 2); multiply_tiles(2, 5, 6); multiply_tiles(3, 5, 7); }
+            }
+            store_tile(0, read, QUERIES * 4); store_tile(1, read + LANES, QUERIES * 4);
+            if (two) { store_tile(2, read + 16 * QUERIES, QUERIES * 4); store_tile(3, read + 16 * QUERIES + LANES, QUERIES * 4); }
+        }
+    }
+};
+#else
+
+// Values in pairs of keys, side by side.
 // Words (one[c], two[c]) of two rows, in order of the columns; a missing second row is zero.
 static inline void interleave(const bf16* one, const bf16* two, i64 size, uint32_t* to) {
     alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
@@ -35,36 +81,59 @@ static inline void interleave(const bf16* one, const bf16* two, i64 size, uint32
     }
 }
 
-// Each key with its rotary part, values in pairs, those of one head side by side.
-struct Copied {
+struct Values {
     enum { KEYS = 64, N = REGISTERS / 2 / GROUPS };
     const Expanded& e;
-    const i64 size = e.nope + e.rope, pairs = (e.keys + 1) / 2, columns = (e.v + LANES - 1) / LANES * LANES;
-    const i64 pair_row = columns + LANES;  // a line more: rows whose distance is a power of two would meet in few places of a cache
-    bf16* keys;
-    uint32_t *values, *queries[MAX_THREADS];
+    const i64 columns, pairs = (e.keys + 1) / 2;
+    const i64 row = columns + LANES;  // a line more: rows whose distance is a power of two would meet in few places of a cache
+    i64 size() const { return 2 * pairs * row; }  // of a head
+    void copy(i64 b, i64 h, bf16* to) const {
+        for (Share s(pairs); s.begin < s.end; s.begin++) {
+            const i64 k = s.begin * 2;
+            const bf16* value = e.value + place(e.value_at, b, k, h);
+            interleave(value, k + 1 < e.keys ? value + e.value_at[1] : nullptr, e.v, (uint32_t*)to + s.begin * row);
+        }
+    }
+    void add(const bf16* values, i64 first, i64 keys, const uint32_t* weights, const __m512 (&shrink)[GROUPS], float* read) const {
+        const uint32_t* at = (const uint32_t*)values + first / 2 * row;
+        for (i64 column = 0; column < columns; column += N, read += N * QUERIES) {
+            __m512 sum[N][GROUPS];
+            for (int i = 0; i < N; i++)
+                for (int g = 0; g < GROUPS; g++) sum[i][g] = _mm512_mul_ps(_mm512_loadu_ps(read + (i * GROUPS + g) * LANES), shrink[g]);
+            lanes<GROUPS, N>(weights, at + column, 1, row, (keys + 1) / 2, sum);
+            for (int i = 0; i < N; i++)
+                for (int g = 0; g < GROUPS; g++) _mm512_storeu_ps(read + (i * GROUPS + g) * LANES, sum[i][g]);
+        }
+    }
+};
+#endif
+
+// Each key with its rotary part, and the values.
+struct Copied {
+    const Expanded& e;
+    const i64 size = padded(e.nope + e.rope);
+    const Values held = {e, (e.v + LANES - 1) / LANES * LANES};
+    bf16 *keys, *values;
+    uint32_t* queries[MAX_THREADS];
     Sums sums[MAX_THREADS];
 
-    i64 bytes() const { return e.keys * (size + pair_row) * sizeof(bf16); }  // of a head
+    i64 bytes() const { return (room_for(e.keys) * size + held.size()) * sizeof(bf16); }  // of a head
     void layout(i64 heads, i64 threads) {
-        keys = arena.take<bf16>(heads * e.keys * size);
-        values = arena.take<uint32_t>(heads * pairs * pair_row);
+        keys = arena.take<bf16>(heads * room_for(e.keys) * size);
+        values = arena.take<bf16>(heads * held.size());
         for (i64 t = 0; t < threads; t++) {
-            sums[t].layout(QUERIES, columns, KEYS);
+            sums[t].layout(QUERIES, held.columns, Values::KEYS);
             queries[t] = arena.take<uint32_t>(QUERIES * size / 2);
         }
     }
     void copy(i64 b, i64 h, i64 n) {
-        for (Share s(pairs); s.begin < s.end; s.begin++) {
-            const i64 k = s.begin * 2;
-            for (i64 i = k; i < std::min(k + 2, e.keys); i++) {
-                bf16* to = keys + (n * e.keys + i) * size;
-                memcpy(to, e.key + place(e.key_at, b, i, h), e.nope * sizeof(bf16));
-                memcpy(to + e.nope, e.rotary + place(e.rotary_at, b, i, 0), e.rope * sizeof(bf16));
-            }
-            const bf16* value = e.value + place(e.value_at, b, k, h);
-            interleave(value, k + 1 < e.keys ? value + e.value_at[1] : nullptr, e.v, values + (n * pairs + k / 2) * pair_row);
+        for (Share s(e.keys); s.begin < s.end; s.begin++) {
+            bf16* to = keys + (n * room_for(e.keys) + s.begin) * size;
+            memcpy(to, e.key + place(e.key_at, b, s.begin, h), e.nope * sizeof(bf16));
+            memcpy(to + e.nope, e.rotary + place(e.rotary_at, b, s.begin, 0), e.rope * sizeof(bf16));
+            std::fill(to + e.nope + e.rope, to + size, 0);
         }
+        held.copy(b, h, values + n * held.size());
     }
     const Sums& answer(const Asked& a) {
         const int me = omp_get_thread_num();
@@ -74,23 +143,15 @@ struct Copied {
             still[i] = e.query + place(e.query_at, a.b, a.tokens[i], a.h);
             turning[i] = e.turned + place(e.turned_at, a.b, a.tokens[i], a.h);
         }
+        memset(queries[me], 0, QUERIES * size / 2 * sizeof(uint32_t));
         for (int g = 0; g < GROUPS; g++) {
             pack(still + g * LANES, LANES, e.nope / 2, queries[me] + g * LANES, QUERIES);
             pack(turning + g * LANES, LANES, e.rope / 2, queries[me] + e.nope / 2 * QUERIES + g * LANES, QUERIES);
         }
-        const Reading reading = {{{queries[me], keys + a.n * e.keys * size, size, size}, {}}, a.limits,
+        const Reading reading = {{{queries[me], keys + a.n * room_for(e.keys) * size, size, size}, {}}, a.limits,
                                  e.mask ? e.mask + a.b * e.mask_row : nullptr, e.scale};
-        const uint32_t* mine = values + a.n * pairs * pair_row;
-        attend<GROUPS, KEYS>(reading, 0, a.keys, s, [&](i64 first, i64 count, const __m512 (&shrink)[GROUPS]) {
-            for (i64 column = 0; column < columns; column += N) {
-                __m512 sum[N][GROUPS];
-                float* read = s.read + column * QUERIES;
-                for (int i = 0; i < N; i++)
-                    for (int g = 0; g < GROUPS; g++) sum[i][g] = _mm512_mul_ps(_mm512_loadu_ps(read + (i * GROUPS + g) * LANES), shrink[g]);
-                lanes<GROUPS, N>(s.weights, mine + first / 2 * pair_row + column, 1, pair_row, (count + 1) / 2, sum);
-                for (int i = 0; i < N; i++)
-                    for (int g = 0; g < GROUPS; g++) _mm512_storeu_ps(read + (i * GROUPS + g) * LANES, sum[i][g]);
-            }
+        attend<GROUPS, Values::KEYS>(reading, 0, a.keys, s, [&](i64 first, i64 count, const __m512 (&shrink)[GROUPS]) {
+            held.add(values + a.n * held.size(), first, count, s.weights, shrink, s.read);
         });
         return s;
     }
@@ -202,6 +263,7 @@ extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
     const i64 blocks = (e.queries + QUERIES - 1) / QUERIES;
     #pragma omp parallel num_threads(threads)
     for (i64 start = 0; start < heads; start += some_heads) {
+        const Tiles tiles;
         const i64 held = std::min(some_heads, heads - start);
         for (i64 n = 0; n < held; n++) copied.copy((start + n) / e.heads, (start + n) % e.heads, n);
         #pragma omp barrier

@@ -47,7 +47,7 @@ SHAPES = {
 
 
 LONG_ROWS = {"group_size": 128, "hidden_size": 640, "moe_intermediate_size": 128}  # longer than the nearest cache has them at once
-KINDS = {"bfloat16": "#define BFLOAT16_PRODUCTS\n", "integers": "#undef __AVX512BF16__\n"}
+KINDS = {"tiles": "#define TILES\n", "bfloat16": "#define BFLOAT16_PRODUCTS\n", "integers": "#undef __AVX512BF16__\n"}
 compile_kind = functools.cache(lambda kind: native_kimi_k26.load(KINDS[kind] + native_kimi_k26.SOURCE))
 
 
@@ -59,7 +59,7 @@ def use_kernels(monkeypatch, kind: str):
 
 @pytest.fixture(params=KINDS)
 def each_kind(request, monkeypatch):
-    """With the kernels for AVX-512, which are emulated where the processor lacks it, and then with those for AVX2."""
+    """With the kernels for AMX and for AVX-512, both emulated where the processor lacks them, and with those for AVX2."""
     use_kernels(monkeypatch, request.param)
 
 
@@ -217,8 +217,8 @@ def test_a_whole_model_where_pytorch_is_slow(monkeypatch):
             assert (model(ids).logits - wanted).norm() < 0.05 * wanted.norm()
 
 
-def test_both_kinds_round_alike(monkeypatch):
-    """What is no product has the same bits from the kernels for AVX-512 and those for AVX2; norms and products all but the last."""
+def test_all_kinds_round_alike(monkeypatch):
+    """What is no product has the same bits from all kinds of kernels; norms and products all but the last."""
     torch.manual_seed(0)
     x, weight, gain = torch.randn(5, 224).bfloat16(), torch.randn(37, 224).bfloat16(), torch.randn(224).bfloat16()
     angles = torch.randn(5, 1, 112)
@@ -233,10 +233,11 @@ def test_both_kinds_round_alike(monkeypatch):
         turned = native_kimi_k26.rotate(x.view(5, 1, 224), angles.cos(), angles.sin())
         attended = attention(parts[0], turning, parts[1], rotary, parts[1], 0, None, 0.1)
         results.append(((turned, plain), (native_kimi_k26.norm(x, gain, 1e-5), few_rows(x, weight), attended)))
-    (same, near), (same_too, near_too) = results
-    assert all(map(torch.equal, same, same_too))
-    for one, other in zip(near, near_too):
-        assert (one.float() - other.float()).abs().max() <= one.abs().max() / 128
+    (same, near), *others = results
+    for same_too, near_too in others:
+        assert all(map(torch.equal, same, same_too))
+        for one, other in zip(near, near_too):
+            assert (one.float() - other.float()).abs().max() <= one.abs().max() / 128
 
 
 @pytest.mark.parametrize("shape", [(1, 50, 16, 64), (2, 7, 3, 6), (5, 4, 72), (1, 1, 1, 64), (2, 3, 1, 34)])

@@ -1,0 +1,117 @@
+"""The CPU's kernels of products of matrices in tiles (AMX), for processors that have them: 16 × 32 values meet 32 × 16 at once."""
+
+# What stands before all else: the tiles, and for tests what does the same without them.
+TILES = r"""
+#if defined(TILES_ALLOWED) && defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define TILES
+#endif
+#ifdef TILES
+#define BFLOAT16_PRODUCTS
+
+// A processor has eight tiles of sixteen lines of memory, which instructions name by number. `load_tile` and `store_tile` take the
+// distance of two lines in bytes. `multiply_tiles(sum, a, b)`: sum[m][n] += the products of a's row m, 32 values, and b's column n,
+// whose values stand in pairs: a line of b has two values of each of sixteen columns.
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define clear_tile(n) _tile_zero(n)
+// The compiler's own, here and below, does not say what memory it reads, which may then be written too late.
+#define load_tile(n, at, row) asm volatile("tileloadd (%0, %1, 1), %%tmm" #n : : "r"((const void*)(at)), "r"((long)(row)) : "memory")
+#define store_tile(n, at, row) _tile_stored(n, at, row)
+#define multiply_tiles(sum, a, b) _tile_dpbf16ps(sum, a, b)
+struct Tiles {  // lets this thread use tiles while it lives
+    Tiles() {
+        alignas(64) struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {1};
+        for (int n = 0; n < 8; n++) { shape.bytes[n] = 64; shape.rows[n] = 16; }
+        asm volatile("ldtilecfg %0" : : "m"(shape));
+    }
+    ~Tiles() { _tile_release(); }
+};
+#else
+static thread_local struct { float sum[16][16]; } tile[8];
+static void clear_tile(int n) { memset(&tile[n], 0, sizeof tile[n]); }
+static void load_tile(int n, const void* at, int64_t row) { for (int m = 0; m < 16; m++) memcpy(tile[n].sum[m], (const char*)at + m * row, 64); }
+static void store_tile(int n, void* at, int64_t row) { for (int m = 0; m < 16; m++) memcpy((char*)at + m * row, tile[n].sum[m], 64); }
+static void multiply_tiles(int sum, int a, int b) {
+    const auto value = [](float pair, int which) {
+        uint32_t bits;
+        memcpy(&bits, &pair, 4);
+        bits = which ? bits & 0xffff0000 : bits << 16;
+        memcpy(&pair, &bits, 4);
+        return pair;
+    };
+    for (int m = 0; m < 16; m++)
+        for (int k = 0; k < 32; k++) {
+            const float one = value(tile[a].sum[m][k / 2], k % 2);
+            for (int n = 0; n < 16; n++) tile[sum].sum[m][n] += one * value(tile[b].sum[k / 2][n], k % 2);
+        }
+}
+struct Tiles {};
+#endif
+#else
+struct Tiles {};
+#endif
+"""
+
+# Many rows, in place of the panels of `bfloat16_kernels_kimi_k26`.
+PRODUCTS_IN_TILES = r"""
+// ---------------------------------------------------------------------------------------- many rows: panels of weights
+
+// Weights are turned, a panel of outputs at a time, into lines of pairs of inputs with an output in each lane. INT4 words become the
+// bfloat16 weights that they stand for on the way. A panel is two tiles wide, a stretch of inputs one tile long.
+static inline i64 room_for(i64 rows) { return (rows + 15) / 16 * 16; }  // whole tiles are read and written
+static inline i64 paired_size(i64 k) { return k / 2 + 16; }  // a line more: rows whose distance is a power of two would meet in few places of a cache
+static inline void put_pairs(uint32_t* row, i64 k, i64 at, __m512i x, bool packed) { _mm512_storeu_si512(row + at / 2, as_pairs(x, packed)); }
+
+struct Panel { uint32_t* words; float* scales; };  // (inputs / 2, PANEL), (groups of a row, PANEL)
+static inline i64 panel_words(i64 k, i64 group) { return k / 2 * PANEL; }
+
+// Outputs `from` on, of which there are `outputs`; the last stands for those that are missing.
+static void fill(Panel to, Matrix m, i64 from, i64 outputs, i64 k, i64 group) {
+    for (i64 half = 0; half < PANEL; half += LANES) {
+        const auto row = [&](int o) { return std::min(from + half + o, outputs - 1); };
+        if (!m.scales) {
+            turn(k / 2, [&](int o, i64 t, __mmask16 there) { return _mm512_maskz_loadu_epi32(there, (const uint32_t*)m.values + row(o) * (k / 2) + t); },
+                 [&](i64 t, __m512i words) { _mm512_storeu_si512(to.words + t * PANEL + half, words); });
+            continue;
+        }
+        const i64 groups = k / group;
+        turn(groups, [&](int o, i64 g, __mmask16 there) { return _mm512_castps_si512(wide16(m.scales + row(o) * groups + g, there)); },
+             [&](i64 g, __m512i scales) { _mm512_storeu_si512(to.scales + g * PANEL + half, scales); });
+        turn(k / 8, [&](int o, i64 t, __mmask16 there) { return _mm512_maskz_loadu_epi32(there, (const uint32_t*)m.values + row(o) * (k / 8) + t); },
+             [&](i64 t, __m512i words) {
+                 const __m512 scale = _mm512_loadu_ps(to.scales + t * 8 / group * PANEL + half), less = _mm512_mul_ps(scale, _mm512_set1_ps(-136));
+                 for (int n = 0; n < 4; n++) {  // of 136 + v: see `unpacked`
+                     const __m512i both = (__m512i)unpacked(words, n);
+                     const __m512 one = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+                     const __m512 two = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
+                     _mm512_storeu_si512(to.words + (t * 4 + n) * PANEL + half, paired(_mm512_fmadd_ps(one, scale, less), _mm512_fmadd_ps(two, scale, less)));
+                 }
+             });
+    }
+}
+
+// y[r] = outputs `from` on of a matrix, a panel of them, for all rows of pairs, which stand `row` words apart.
+static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint32_t* x, i64 rows, i64 row, i64 k, float* y) {
+    fill(w, m, from, outputs, k, group);
+    for (i64 r = 0; r < rows; r += 32, x += 32 * row, y += 32 * PANEL) {
+        const bool two = rows - r > 16;
+        clear_tile(0); clear_tile(1); clear_tile(2); clear_tile(3);
+        for (i64 s = 0; s < k / STRETCH; s++) {
+            const uint32_t* words = w.words + s * 16 * PANEL;
+            load_tile(6, words, PANEL * 4);
+            load_tile(7, words + LANES, PANEL * 4);
+            load_tile(4, x + s * 16, row * 4);
+            multiply_tiles(0, 4, 6);
+            multiply_tiles(1, 4, 7);
+            if (!two) continue;
+            load_tile(5, x + 16 * row + s * 16, row * 4);
+            multiply_tiles(2, 5, 6);
+            multiply_tiles(3, 5, 7);
+        }
+        store_tile(0, y, PANEL * 4);
+        store_tile(1, y + LANES, PANEL * 4);
+        if (!two) continue;
+        store_tile(2, y + 16 * PANEL, PANEL * 4);
+        store_tile(3, y + 16 * PANEL + LANES, PANEL * 4);
+    }
+}
+"""
