@@ -45,7 +45,7 @@ class Blocks(NamedTuple):
 
 
 # By whether weights are words.
-FEW = {True: Blocks(8, 128), False: Blocks(4, 512)}
+FEW = {True: Blocks(4, 128, 1), False: Blocks(4, 512)}
 MANY = {True: Blocks(64, 16), False: Blocks(64, 64)}
 FEW_TOKENS = 8  # up to so many, two pairs seldom share an expert
 LEAST_ROWS, MOST_ROWS = 16, 64  # of a tile
