@@ -51,7 +51,8 @@ enum { TOGETHER = 32 };  // keys whose values are added at once
 static inline i64 padded(i64 size) { return (size + 31) / 32 * 32; }  // of a part of a query, as tiles read it
 static i64 copied(i64 rank, i64 rope) { return 64 * (padded(rank) + padded(rope)); }  // of `Reading::copies`
 
-// Sixteen rows of keys from `k` on for a tile. The last ones, and those that end within a tile, are copied, with zeros behind them.
+// Sixteen rows of keys from `k` on for a tile. Those that end within a tile are copied, with zeros behind them, and so are the last
+// ones, of which the very last stands for those that are missing.
 struct Rows { const bf16* at; i64 bytes; };
 static Rows key_rows(const Part& p, i64 k, i64 there, bf16* copies) {
     const bf16* at = p.key + k * p.key_row;
@@ -154,8 +155,9 @@ template <int G, int KEYS, class F> static void attend(const Reading& a, i64 beg
         __m512 shrink[G];
         for (int g = 0; g < G; g++) {
             const float* score = s.scores + g * LANES;
-            __m512 top = best[g];
-            for (k = 0; k < keys; k++) top = _mm512_max_ps(top, _mm512_mul_ps(_mm512_loadu_ps(score + k * G * LANES), scale));
+            __m512 top = never;
+            for (k = 0; k < keys; k++) top = _mm512_max_ps(top, _mm512_loadu_ps(score + k * G * LANES));
+            top = _mm512_max_ps(best[g], _mm512_mul_ps(top, scale));
             // Where all is hidden so far any finite number serves: every weight becomes zero.
             const __m512 from = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps());
             shrink[g] = exp16(_mm512_sub_ps(best[g], from));
@@ -248,9 +250,11 @@ struct Heads {
     static i64 words(const Attention& a) { return LANES * (padded(a.rank) + padded(a.rope)) / 2; }  // of their queries
     static i64 bench(const Attention& a) { return copied(a.rank, a.rope) / 2; }  // words that a thread needs besides
     static void pack(const Attention& a, const bf16* const* still, const bf16* const* turning, i64 some, uint32_t* to, uint32_t*) {
-        memset(to, 0, words(a) * sizeof *to);
-        kimi::pack(still, some, a.rank / 2, to, LANES);
-        kimi::pack(turning, some, a.rope / 2, to + LANES * padded(a.rank) / 2, LANES);
+        for (auto [part, size] : {std::pair(still, a.rank), std::pair(turning, a.rope)}) {
+            kimi::pack(part, some, size / 2, to, LANES);
+            std::fill(to + LANES * size / 2, to + LANES * padded(size) / 2, 0);
+            to += LANES * padded(size) / 2;
+        }
     }
     static void read(const Attention& a, const Latents& c, i64 row, const uint32_t* queries, i64 begin, i64 end, const Sums& s, uint32_t* memory) {
         const bf16* latent = c.latent + row * c.latent_row;
@@ -314,10 +318,7 @@ struct Heads {
             for (i64 column = 0; column < a.rank; column += 16) {
                 const uint32_t* at = b.keys + 2 * p * row + column / 2;
                 const __m256i one = _mm256_loadu_si256((const __m256i*)at), two = _mm256_loadu_si256((const __m256i*)(at + row));
-                const __m256i low = _mm256_unpacklo_epi16(one, two), high = _mm256_unpackhi_epi16(one, two);
-                __m256i* to = (__m256i*)(b.values + (column / PANEL * KEYS / 2 + p) * PANEL + column % PANEL);
-                _mm256_storeu_si256(to, _mm256_permute2x128_si256(low, high, 0x20));
-                _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(low, high, 0x31));
+                _mm512_storeu_si512(b.values + (column / PANEL * KEYS / 2 + p) * PANEL + column % PANEL, paired16(one, two));
             }
     }
     // What `soften` left in the scores of stretch `n`, times its factor and the keys' scales: of each head a row of pairs.

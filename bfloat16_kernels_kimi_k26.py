@@ -118,6 +118,21 @@ template <class L, class P> static inline void turn(i64 words, L load, P put) {
     }
 }
 
+struct Panel { uint32_t* words; float* scales; };  // (words of a row, PANEL), (groups of a row, PANEL)
+
+// Outputs `from` on, of which there are `outputs`; the last stands for those that are missing. The scales are stored; then
+// `put(t, half, words)` gets word `t` of sixteen outputs, of the first or the second half of the panel (0 or LANES).
+template <class P> static void fill(Panel to, Matrix m, i64 from, i64 outputs, i64 k, i64 group, P put) {
+    const i64 words = m.scales ? k / 8 : k / 2, groups = m.scales ? k / group : 0;
+    for (i64 half = 0; half < PANEL; half += LANES) {
+        const auto row = [&](int o) { return std::min(from + half + o, outputs - 1); };
+        turn(groups, [&](int o, i64 g, __mmask16 there) { return _mm512_castps_si512(wide16(m.scales + row(o) * groups + g, there)); },
+             [&](i64 g, __m512i some) { _mm512_storeu_si512(to.scales + g * PANEL + half, some); });
+        turn(words, [&](int o, i64 t, __mmask16 there) { return _mm512_maskz_loadu_epi32(there, (const uint32_t*)m.values + row(o) * words + t); },
+             [&](i64 t, __m512i some) { put(t, half, some); });
+    }
+}
+
 // Let the weights of some outputs come nearer while others are being multiplied.
 static void ask_for(Matrix m, i64 from, i64 k) {
     const i64 row = row_bytes(m, k);
@@ -143,20 +158,7 @@ static inline void put_pairs(uint32_t* row, i64 k, i64 at, __m512i x, bool packe
     if (packed) ((float*)row)[k / 2 + at / STRETCH] = _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), less, (__m512bh)x));
 }
 
-struct Panel { uint32_t* words; float* scales; };  // (words of a row, PANEL), (groups of a row, PANEL)
 static inline i64 panel_words(i64 k, i64 group) { return k / (group ? 8 : 2) * PANEL; }
-
-// Outputs `from` on, of which there are `outputs`; the last stands for those that are missing.
-static void fill(Panel to, Matrix m, i64 from, i64 outputs, i64 k, i64 group) {
-    const i64 words = m.scales ? k / 8 : k / 2, groups = m.scales ? k / group : 0;
-    for (i64 half = 0; half < PANEL; half += LANES) {
-        const auto row = [&](int o) { return std::min(from + half + o, outputs - 1); };
-        turn(words, [&](int o, i64 t, __mmask16 there) { return _mm512_maskz_loadu_epi32(there, (const uint32_t*)m.values + row(o) * words + t); },
-             [&](i64 t, __m512i some) { _mm512_storeu_si512(to.words + t * PANEL + half, some); });
-        turn(groups, [&](int o, i64 g, __mmask16 there) { return _mm512_castps_si512(wide16(m.scales + row(o) * groups + g, there)); },
-             [&](i64 g, __m512i some) { _mm512_storeu_si512(to.scales + g * PANEL + half, some); });
-    }
-}
 
 // y[r] = the panel's outputs for R rows of pairs, `row` words apart: (R, PANEL).
 template <int R, bool PACKED> static void meet(Panel w, i64 group, const uint32_t* x, i64 row, i64 k, float* y) {
@@ -194,7 +196,7 @@ template <int R, bool PACKED> static void meet(Panel w, i64 group, const uint32_
 
 // y[r] = outputs `from` on of a matrix, a panel of them, for all rows.
 static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint32_t* x, i64 rows, i64 row, i64 k, float* y) {
-    fill(w, m, from, outputs, k, group);
+    fill(w, m, from, outputs, k, group, [&](i64 t, i64 half, __m512i words) { _mm512_storeu_si512(w.words + t * PANEL + half, words); });
     const i64 pieces = (rows + HEIGHT - 1) / HEIGHT;  // of about as many rows each
     for (i64 piece = 0; piece < pieces; piece++) {
         const i64 first = rows * piece / pieces;

@@ -340,7 +340,12 @@ static inline void rows_of(const __m512* columns, i64 stride, __m512 (&row)[LANE
 
 // Two vectors of lanes as pairs: one word in each lane, the first below.
 static inline __m512i paired16(__m256i one, __m256i two) {
+#ifdef __AVX512BF16__
     return _mm512_or_si512(_mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(two), 16));
+#else
+    const __m256i low = _mm256_unpacklo_epi16(one, two), high = _mm256_unpackhi_epi16(one, two);
+    return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+#endif
 }
 static inline __m512i paired(__m512 one, __m512 two) {
 #ifdef __AVX512BF16__

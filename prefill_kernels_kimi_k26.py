@@ -19,6 +19,15 @@ enum { QUERIES = 32, GROUPS = QUERIES / LANES, HELD = 1 << 24 };  // queries of 
 // A head's queries from `q` on, and how many keys each sees; places without a query repeat the last one.
 struct Asked { i64 n, b, h, q; int32_t limits[QUERIES]; i64 tokens[QUERIES]; i64 keys; };
 
+// Sixteen columns of the values of 32 keys from `k` on: of each column a row of keys. Keys that are not there are zeros.
+static inline void turn_values(const Expanded& e, i64 b, i64 h, i64 k, i64 column, __m512i (&turned)[LANES]) {
+    const auto load = [&](i64 k) {
+        return k < e.keys ? _mm256_maskz_loadu_epi16(first16(e.v - column), e.value + place(e.value_at, b, k, h) + column) : _mm256_setzero_si256();
+    };
+    for (int p = 0; p < LANES; p++) turned[p] = paired16(load(k + 2 * p), load(k + 2 * p + 1));
+    transpose16(turned);
+}
+
 // `Copied`: the keys and values of some heads as the products want them, and what reads them. `copy(b, h, n)` is called by all threads
 // for each head, `answer` by one for each of its blocks of queries.
 #ifdef BFLOAT16_PRODUCTS
@@ -34,12 +43,8 @@ struct Values {
     void copy(i64 b, i64 h, bf16* to) const {
         for (Share s(blocks * KEYS, 32); s.begin < s.end; s.begin += 32)
             for (i64 column = 0; column < columns; column += LANES) {
-                const auto load = [&](i64 k) {
-                    return k < e.keys ? _mm256_maskz_loadu_epi16(first16(e.v - column), e.value + place(e.value_at, b, k, h) + column) : _mm256_setzero_si256();
-                };
                 __m512i turned[LANES];
-                for (int p = 0; p < LANES; p++) turned[p] = paired16(load(s.begin + 2 * p), load(s.begin + 2 * p + 1));
-                transpose16(turned);
+                turn_values(e, b, h, s.begin, column, turned);
                 bf16* at = to + (s.begin / KEYS * columns + column) * KEYS + s.begin % KEYS;
                 for (int c = 0; c < LANES; c++) _mm512_storeu_si512(at + c * KEYS, turned[c]);
             }
@@ -143,7 +148,7 @@ struct Copied {
             still[i] = e.query + place(e.query_at, a.b, a.tokens[i], a.h);
             turning[i] = e.turned + place(e.turned_at, a.b, a.tokens[i], a.h);
         }
-        memset(queries[me], 0, QUERIES * size / 2 * sizeof(uint32_t));
+        std::fill(queries[me] + (e.nope + e.rope) / 2 * QUERIES, queries[me] + size / 2 * QUERIES, 0);
         for (int g = 0; g < GROUPS; g++) {
             pack(still + g * LANES, LANES, e.nope / 2, queries[me] + g * LANES, QUERIES);
             pack(turning + g * LANES, LANES, e.rope / 2, queries[me] + e.nope / 2 * QUERIES + g * LANES, QUERIES);
@@ -192,15 +197,7 @@ struct Copied {
             uint32_t* to = values + (n * blocks + s.begin / KEYS) * value_block;
             for (i64 column = 0; column < columns; column += LANES) {
                 __m512i turned[LANES];
-                const auto load = [&](i64 k) {
-                    return k < e.keys ? _mm256_maskz_loadu_epi16(first16(e.v - column), e.value + place(e.value_at, b, k, h) + column) : _mm256_setzero_si256();
-                };
-                for (int p = 0; p < LANES; p++) {
-                    const __m256i one = load(s.begin + 2 * p), two = load(s.begin + 2 * p + 1);
-                    const __m256i low = _mm256_unpacklo_epi16(one, two), high = _mm256_unpackhi_epi16(one, two);
-                    turned[p] = {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
-                }
-                transpose16(turned);
+                turn_values(e, b, h, s.begin, column, turned);
                 for (int c = 0; c < LANES; c++) put_pairs(to + (column + c) * value_row, KEYS, s.begin % KEYS, turned[c], false);
             }
         }

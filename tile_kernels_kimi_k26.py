@@ -26,10 +26,10 @@ struct Tiles {  // lets this thread use tiles while it lives
     ~Tiles() { _tile_release(); }
 };
 #else
-static thread_local struct { float sum[16][16]; } tile[8];
+static thread_local struct { float line[16][16]; } tile[8];
 static void clear_tile(int n) { memset(&tile[n], 0, sizeof tile[n]); }
-static void load_tile(int n, const void* at, int64_t row) { for (int m = 0; m < 16; m++) memcpy(tile[n].sum[m], (const char*)at + m * row, 64); }
-static void store_tile(int n, void* at, int64_t row) { for (int m = 0; m < 16; m++) memcpy((char*)at + m * row, tile[n].sum[m], 64); }
+static void load_tile(int n, const void* at, int64_t row) { for (int m = 0; m < 16; m++) memcpy(tile[n].line[m], (const char*)at + m * row, 64); }
+static void store_tile(int n, void* at, int64_t row) { for (int m = 0; m < 16; m++) memcpy((char*)at + m * row, tile[n].line[m], 64); }
 static void multiply_tiles(int sum, int a, int b) {
     const auto value = [](float pair, int which) {
         uint32_t bits;
@@ -40,8 +40,8 @@ static void multiply_tiles(int sum, int a, int b) {
     };
     for (int m = 0; m < 16; m++)
         for (int k = 0; k < 32; k++) {
-            const float one = value(tile[a].sum[m][k / 2], k % 2);
-            for (int n = 0; n < 16; n++) tile[sum].sum[m][n] += one * value(tile[b].sum[k / 2][n], k % 2);
+            const float one = value(tile[a].line[m][k / 2], k % 2);
+            for (int n = 0; n < 16; n++) tile[sum].line[m][n] += one * value(tile[b].line[k / 2][n], k % 2);
         }
 }
 struct Tiles {};
@@ -61,37 +61,25 @@ static inline i64 room_for(i64 rows) { return (rows + 15) / 16 * 16; }  // whole
 static inline i64 paired_size(i64 k) { return k / 2 + 16; }  // a line more: rows whose distance is a power of two would meet in few places of a cache
 static inline void put_pairs(uint32_t* row, i64 k, i64 at, __m512i x, bool packed) { _mm512_storeu_si512(row + at / 2, as_pairs(x, packed)); }
 
-struct Panel { uint32_t* words; float* scales; };  // (inputs / 2, PANEL), (groups of a row, PANEL)
 static inline i64 panel_words(i64 k, i64 group) { return k / 2 * PANEL; }
 
-// Outputs `from` on, of which there are `outputs`; the last stands for those that are missing.
-static void fill(Panel to, Matrix m, i64 from, i64 outputs, i64 k, i64 group) {
-    for (i64 half = 0; half < PANEL; half += LANES) {
-        const auto row = [&](int o) { return std::min(from + half + o, outputs - 1); };
-        if (!m.scales) {
-            turn(k / 2, [&](int o, i64 t, __mmask16 there) { return _mm512_maskz_loadu_epi32(there, (const uint32_t*)m.values + row(o) * (k / 2) + t); },
-                 [&](i64 t, __m512i words) { _mm512_storeu_si512(to.words + t * PANEL + half, words); });
-            continue;
-        }
-        const i64 groups = k / group;
-        turn(groups, [&](int o, i64 g, __mmask16 there) { return _mm512_castps_si512(wide16(m.scales + row(o) * groups + g, there)); },
-             [&](i64 g, __m512i scales) { _mm512_storeu_si512(to.scales + g * PANEL + half, scales); });
-        turn(k / 8, [&](int o, i64 t, __mmask16 there) { return _mm512_maskz_loadu_epi32(there, (const uint32_t*)m.values + row(o) * (k / 8) + t); },
-             [&](i64 t, __m512i words) {
-                 const __m512 scale = _mm512_loadu_ps(to.scales + t * 8 / group * PANEL + half), less = _mm512_mul_ps(scale, _mm512_set1_ps(-136));
-                 for (int n = 0; n < 4; n++) {  // of 136 + v: see `unpacked`
-                     const __m512i both = (__m512i)unpacked(words, n);
-                     const __m512 one = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-                     const __m512 two = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
-                     _mm512_storeu_si512(to.words + (t * 4 + n) * PANEL + half, paired(_mm512_fmadd_ps(one, scale, less), _mm512_fmadd_ps(two, scale, less)));
-                 }
-             });
+// What INT4 words of sixteen outputs stand for, (4, PANEL) pairs: see `unpacked`, which gives 136 + v.
+static inline void put_weights(__m512i words, __m512 scale, uint32_t* to) {
+    const __m512 less = _mm512_mul_ps(scale, _mm512_set1_ps(-136));
+    for (int n = 0; n < 4; n++) {
+        const __m512i both = (__m512i)unpacked(words, n);
+        const __m512 one = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        const __m512 two = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
+        _mm512_storeu_si512(to + n * PANEL, paired(_mm512_fmadd_ps(one, scale, less), _mm512_fmadd_ps(two, scale, less)));
     }
 }
 
 // y[r] = outputs `from` on of a matrix, a panel of them, for all rows of pairs, which stand `row` words apart.
 static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint32_t* x, i64 rows, i64 row, i64 k, float* y) {
-    fill(w, m, from, outputs, k, group);
+    fill(w, m, from, outputs, k, group, [&](i64 t, i64 half, __m512i words) {
+        if (m.scales) put_weights(words, _mm512_loadu_ps(w.scales + t * 8 / group * PANEL + half), w.words + t * 4 * PANEL + half);
+        else _mm512_storeu_si512(w.words + t * PANEL + half, words);
+    });
     for (i64 r = 0; r < rows; r += 32, x += 32 * row, y += 32 * PANEL) {
         const bool two = rows - r > 16;
         clear_tile(0); clear_tile(1); clear_tile(2); clear_tile(3);
