@@ -15,10 +15,11 @@ from transformers.utils import ModelOutput, logging
 from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26Config
 from .decoding_kimi_k26 import output_layer
-from .experts_kimi_k26 import ExpertStore, KimiK26Router
+from .experts_kimi_k26 import KimiK26Router
 from .loading_kimi_k26 import load_mapped, maps_into_memory, read_from_disk_as_stored, refuse_damage
 from .parallel_kimi_k26 import OF_EXPERTS, as_the_library_takes_it, gather, split_plan
 from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
+from .store_kimi_k26 import ExpertStore
 from .text_kimi_k26 import KimiK26LanguageModel, KimiK26RMSNorm
 from .vision_kimi_k26 import KimiK26PositionTable, KimiK26Projector, KimiK26VisionTower
 

@@ -17,7 +17,8 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_
 from accelerate.utils import PrefixedDataset, convert_file_size_to_int, get_max_memory
 from torch import nn
 
-from .experts_kimi_k26 import KimiK26Experts, KimiK26MoE, held_bytes
+from .experts_kimi_k26 import KimiK26Experts, KimiK26MoE
+from .store_kimi_k26 import held_bytes
 
 
 Device = Union[int, str, torch.device]  # a key of `max_memory`, a value of `device_map`

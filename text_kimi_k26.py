@@ -22,9 +22,10 @@ from .cache_kimi_k26 import write_latents
 from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
 from .decoding_kimi_k26 import apply_linear, compiled_decode, linear, native_decoder, serves_attention, serves_norm, serves_rotation
-from .experts_kimi_k26 import ExpertStore, KimiK26Experts, KimiK26MLP, KimiK26MoE, at_least_float32
+from .experts_kimi_k26 import KimiK26Experts, KimiK26MLP, KimiK26MoE, at_least_float32
 from .native_kimi_k26 import attention, is_plain, norm, rotate
 from .parallel_kimi_k26 import Peers, check_split, local
+from .store_kimi_k26 import ExpertStore
 
 
 LATENT_NORM_EPS = 1e-6  # of the two norms inside attention; the config has only the layers' own

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
-from kimi_k26.experts_kimi_k26 import DeviceExpert, KimiK26MoE, Routing, held_bytes
+from kimi_k26.experts_kimi_k26 import KimiK26MoE, Routing
 from kimi_k26.loading_kimi_k26 import built_on_meta
 from kimi_k26.placement_kimi_k26 import OF_AN_EXPERT, OFFLOADED, Placement, Sizes, check_map, deal, memory, plan
+from kimi_k26.store_kimi_k26 import DeviceExpert, held_bytes
 from kimi_k26.tests.pretended_devices import PretendedDevices, accelerator, move
 from kimi_k26.tests.tiny_models import config_dict, fill, make_model, media_prompt, words
 

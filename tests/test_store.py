@@ -8,7 +8,7 @@ import torch
 
 from kimi_k26 import KimiK26ForConditionalGeneration
 from kimi_k26.checkpoint_kimi_k26 import Checkpoint, release
-from kimi_k26.experts_kimi_k26 import ExpertStore, Layout
+from kimi_k26.store_kimi_k26 import ExpertStore, Layout
 
 
 class Sized(Layout):

@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import kimi_k26
-from kimi_k26 import KimiK26Config, experts_kimi_k26
+from kimi_k26 import KimiK26Config, experts_kimi_k26, store_kimi_k26
 from kimi_k26 import triton_kimi_k26 as kernels
-from kimi_k26.experts_kimi_k26 import DeviceExpert, KimiK26Experts, KimiK26MLP, KimiK26MoE, Routing
+from kimi_k26.experts_kimi_k26 import KimiK26Experts, KimiK26MLP, KimiK26MoE, Routing
+from kimi_k26.store_kimi_k26 import DeviceExpert
 from kimi_k26.tests.tiny_models import config_dict, fill
 from kimi_k26.triton_kimi_k26 import Blocks, ExpertTable, grouped_experts
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
     reason="there is no GPU, and triton's interpreter is off",
 )
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def make_experts(count=6, hidden=160, width=96, group=32, dtype=torch.float32, seed=0) -> list[KimiK26MLP]:
@@ -371,7 +372,8 @@ def calls(monkeypatch, small_blocks) -> list[int]:
 
     for module in (kernels, experts_kimi_k26):
         monkeypatch.setattr(module, "has_kernels", lambda device: True)
-    monkeypatch.setattr(experts_kimi_k26, "grouped_experts", counted)
+    for module in (experts_kimi_k26, store_kimi_k26):
+        monkeypatch.setattr(module, "grouped_experts", counted)
     monkeypatch.setattr(experts_kimi_k26, "CHECKED_ROWS", CHECKED)
     monkeypatch.setattr(KimiK26Experts, "native_share", lambda *args: None)
     return asked
