@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
+from filelock import FileLock
 from transformers.utils import logging
 
 
@@ -40,8 +41,8 @@ def compiled(
 ) -> Optional[ctypes.CDLL]:
     """The library made of `source`, or `None`: no compiler, no such processor, or, with a warning, an error.
 
-    It is compiled once for a machine, a compiler and `depends`. needed: features of the processor, as `/proc/cpuinfo`
-    has them. parallel: the source uses OpenMP.
+    It is compiled once for a machine, a compiler and `depends`: of several processes one does so, and the others wait.
+    needed: features of the processor, as `/proc/cpuinfo` has them. parallel: the source uses OpenMP.
     """
     compiler = shutil.which("c++") or shutil.which("g++")
     features = _processor_features()
@@ -52,7 +53,10 @@ def compiled(
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kimi_k26"
     try:
         if not (folder / file).exists():
-            _compile(compiler, source, folder / file, parallel)
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "compiling.lock"):
+                if not (folder / file).exists():
+                    _compile(compiler, source, folder / file, parallel)
         return ctypes.CDLL(str(folder / file))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(f"The CPU's own {name} could not be compiled; other libraries do what they do.\n{error}")
@@ -61,7 +65,6 @@ def compiled(
 
 def _compile(compiler: str, source: str, target: Path, parallel: bool):
     """Write the library, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     flags, link = ["-O3", "-std=c++17", "-march=native", "-fPIC", "-w"], []
     if parallel:  # its threads are PyTorch's own, whose OpenMP is in the process already
         process = ctypes.CDLL(None)

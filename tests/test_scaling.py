@@ -1,5 +1,6 @@
 """The project's own scaling beside Pillow's, and what it is compiled by."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
@@ -82,7 +83,7 @@ def test_what_cannot_be_compiled_is_none(tmp_path, monkeypatch):
     assert compiled("wings", 'extern "C" int one() { return 1; }', {"wings"}) is None and not told
     assert compiled("broken", "int one() {", set()) is None
     assert (library() is None and not told) or "broken" in told[0]
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"compiling.lock"}
     monkeypatch.setattr(compiling_kimi_k26.shutil, "which", lambda name: None)
     assert compiled("one", 'extern "C" int one() { return 1; }', set()) is None
 
@@ -94,3 +95,13 @@ def test_a_library_is_compiled_once(tmp_path, monkeypatch):
     assert compiling_kimi_k26.compiled("one", source, set()).one() == 1
     monkeypatch.setattr(compiling_kimi_k26, "_compile", None)
     assert compiling_kimi_k26.compiled("one", source, set()).one() == 1
+
+
+@natively
+def test_of_several_at_once_one_compiles(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, counted, compiling = 'extern "C" int one() { return 1; }', [], compiling_kimi_k26._compile
+    monkeypatch.setattr(compiling_kimi_k26, "_compile", lambda *given: (counted.append(1), time.sleep(0.2), compiling(*given)))
+    with ThreadPoolExecutor(3) as pool:
+        assert [each.one() for each in pool.map(lambda _: compiling_kimi_k26.compiled("one", source, set()), range(3))] == [1] * 3
+    assert len(counted) == 1
