@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kimi_k26 import KimiK26ForConditionalGeneration
+from kimi_k26.decoding_kimi_k26 import HAS_FAST_PRODUCTS
 from kimi_k26.experts_kimi_k26 import KimiK26Experts
 from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
 from kimi_k26.text_kimi_k26 import rotate_pairs
@@ -251,16 +252,16 @@ def balance_loss(routers: list[torch.Tensor], top_k: int) -> torch.Tensor:
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """The nearest matrix whose singular values are about 1, by five Newton-Schulz steps (Muon, Jordan et al. 2024).
 
-    `(..., rows, columns)` → the same, bfloat16.
+    `(..., rows, columns)` → the same, bfloat16. Where the processor has no products of bfloat16, float32 is many times faster.
     """
-    x = matrix.to(torch.bfloat16)
+    x = matrix.to(torch.bfloat16 if HAS_FAST_PRODUCTS else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
     x = x.transpose(-1, -2) if tall else x
     x = x / (x.float().flatten(-2).norm(dim=-1)[..., None, None] + 1e-7).to(x.dtype)
     for _ in range(5):
         a = x @ x.transpose(-1, -2)
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.transpose(-1, -2) if tall else x
+    return (x.transpose(-1, -2) if tall else x).to(torch.bfloat16)
 
 
 @torch.no_grad()
