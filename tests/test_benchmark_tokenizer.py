@@ -10,6 +10,7 @@ import pytest
 
 import kimi_k26
 
+pytestmark = pytest.mark.once
 
 BENCHMARKS = Path(kimi_k26.__file__).resolve().parent / "benchmarks"
 

@@ -14,6 +14,7 @@ import torch
 import kimi_k26
 from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
 
+pytestmark = pytest.mark.once
 
 BENCHMARKS = Path(kimi_k26.__file__).resolve().parent / "benchmarks"
 

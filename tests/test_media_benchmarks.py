@@ -18,6 +18,8 @@ from kimi_k26.media_kimi_k26 import read_video
 from .media_samples import golden_picture
 from .test_benchmarks import load
 
+pytestmark = pytest.mark.once
+
 BENCHMARKS = Path(kimi_k26.__file__).resolve().parent / "benchmarks"
 
 

@@ -12,6 +12,8 @@ pytest.importorskip("fastapi", reason="the server takes the extra `serve`")
 
 import kimi_k26
 
+pytestmark = pytest.mark.once
+
 BENCHMARKS = Path(kimi_k26.__file__).resolve().parent / "benchmarks"
 
 

@@ -9,6 +9,8 @@ import pytest
 
 import kimi_k26
 
+pytestmark = pytest.mark.once
+
 SCRIPT = Path(kimi_k26.__file__).resolve().parent / "benchmarks" / "startup.py"
 
 

@@ -22,10 +22,13 @@ from kimi_k26.triton_kimi_k26 import Blocks, ExpertTable, grouped_experts
 
 
 pytest.importorskip("triton", reason="the GPU's kernels are written in triton, which is not installed")
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="there is no GPU, and triton's interpreter is off",
-)
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+        reason="there is no GPU, and triton's interpreter is off",
+    ),
+]
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -361,7 +361,7 @@ def test_forced_calls_keep_to_random_schemas(server, choice):
     """Whole and streamed: whatever the model would rather say."""
     draw = random.Random(choice)
     cases = []
-    for number in range(12):
+    for number in range(8):
         tools = [tool(f"do_{number}_{place}", random_object(draw)) for place in range(2)]
         named = {"type": "function", "function": {"name": tools[1]["function"]["name"]}}
         fields = {"tools": tools, "tool_choice": "required" if choice == "required" else named, "max_tokens": 3000}
