@@ -260,35 +260,52 @@ static void fill(Panel to, Matrix m, i64 from, i64 outputs, i64 begin, i64 end, 
     }
 }
 
-// y[r] += sixteen outputs of a panel for R rows of pairs, `row` words apart. Each scale of the panel is for `same` stretches. The
-// compiler would rather load all rows of x first, and keep sums in memory then: hence the assembler.
+// Pair `P` of R rows, `row` bytes apart, and of sixteen outputs: part[r] += x[r] * words. The first pair makes the sums. In assembler, as the
+// compiler would load all rows of x first, keep sums in memory then, and compute the address of each row anew.
+template <int R, int P, bool FIRST> static inline void multiply_pair(const uint32_t* words, const uint32_t* x, const uint32_t* fourth, i64 row, __m256i (&part)[R][2]) {
+    __m256i weight[2];
+    for (int v = 0; v < 2; v++) {
+        weight[v] = _mm256_loadu_si256((const __m256i*)(words + P * PANEL) + v);
+        asm volatile("" : "+x"(weight[v]));
+    }
+    for (int r = 0; r < R; r++) {
+        __m256i given, product;
+        const uint32_t* from = r < 3 ? x : fourth;
+        if (r % 3 == 0) asm volatile("vpbroadcastd %c2(%1), %0" : "=x"(given) : "r"(from), "i"(P * sizeof(uint32_t)));
+        if (r % 3 == 1) asm volatile("vpbroadcastd %c3(%1,%2), %0" : "=x"(given) : "r"(from), "r"(row), "i"(P * sizeof(uint32_t)));
+        if (r % 3 == 2) asm volatile("vpbroadcastd %c3(%1,%2,2), %0" : "=x"(given) : "r"(from), "r"(row), "i"(P * sizeof(uint32_t)));
+        if (FIRST && P == 0)
+            asm volatile("vpmaddwd %3, %2, %0\n\tvpmaddwd %4, %2, %1" : "=&x"(part[r][0]), "=x"(part[r][1]) : "x"(given), "x"(weight[0]), "x"(weight[1]));
+        else
+            asm volatile("vpmaddwd %4, %2, %3\n\tvpmaddwd %5, %2, %2\n\tvpaddd %3, %0, %0\n\tvpaddd %2, %1, %1"
+                         : "+x"(part[r][0]), "+x"(part[r][1]), "+x"(given), "=&x"(product) : "x"(weight[0]), "x"(weight[1]));
+    }
+}
+template <int R, bool FIRST> static inline void multiply_pairs(const uint32_t* words, const uint32_t* x, const uint32_t* fourth, i64 row, __m256i (&part)[R][2]) {
+    multiply_pair<R, 0, FIRST>(words, x, fourth, row, part);
+    multiply_pair<R, 1, FIRST>(words, x, fourth, row, part);
+    multiply_pair<R, 2, FIRST>(words, x, fourth, row, part);
+    multiply_pair<R, 3, FIRST>(words, x, fourth, row, part);
+}
+
+// y[r] += sixteen outputs of a panel for R rows of pairs, `row` words apart. Each scale of the panel is for `same` stretches.
 template <int R> static __attribute__((noinline)) void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 row, i64 stretches, float* y) {
-    for (i64 s = 0; s < stretches; s++, x += STRETCH / 2) {
+    i64 turn = same;
+    for (i64 s = 0; s < stretches; s++, scales++) {
         asm volatile("" ::: "memory");  // or y would stay in registers that the sums need
         __m256i part[R][2];
-        for (int r = 0; r < R; r++) part[r][0] = part[r][1] = _mm256_setzero_si256();
-        #pragma GCC unroll 2
-        for (int p = 0; p < STRETCH / 2; p++, w.words += PANEL) {
-            __m256i weight[2];
-            for (int v = 0; v < 2; v++) {
-                weight[v] = _mm256_loadu_si256((const __m256i*)w.words + v);
-                asm volatile("" : "+x"(weight[v]));
-            }
-            for (int r = 0; r < R; r++) {
-                __m256i given, product;
-                asm volatile("vpbroadcastd %1, %0" : "=x"(given) : "m"(x[r * row + p]));
-                asm volatile("vpmaddwd %4, %2, %3\n\tvpmaddwd %5, %2, %2\n\tvpaddd %3, %0, %0\n\tvpaddd %2, %1, %1"
-                             : "+x"(part[r][0]), "+x"(part[r][1]), "+x"(given), "=&x"(product) : "x"(weight[0]), "x"(weight[1]));
-            }
+        const uint32_t *fourth = x + 3 * row, *end = x + STRETCH / 2;
+        multiply_pairs<R, true>(w.words, x, fourth, row * sizeof(uint32_t), part);
+        while (x += 4, fourth += 4, w.words += 4 * PANEL, x != end) multiply_pairs<R, false>(w.words, x, fourth, row * sizeof(uint32_t), part);
+        const __m256 low = _mm256_loadu_ps(w.scales), high = _mm256_loadu_ps(w.scales + 8);
+        const float* after = scales + 3 * row;
+        for (int r = 0; r < R; r++) {
+            const __m256 given = _mm256_set1_ps((r < 3 ? scales : after)[r % 3 * row]);
+            float* to = y + r * PANEL;
+            _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(part[r][0]), _mm256_mul_ps(low, given), _mm256_loadu_ps(to)));
+            _mm256_storeu_ps(to + 8, _mm256_fmadd_ps(_mm256_cvtepi32_ps(part[r][1]), _mm256_mul_ps(high, given), _mm256_loadu_ps(to + 8)));
         }
-        for (int v = 0; v < 2; v++) {
-            const __m256 scale = _mm256_loadu_ps(w.scales + s / same * PANEL + v * 8);
-            for (int r = 0; r < R; r++) {
-                float* to = y + r * PANEL + v * 8;
-                const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(scales[r * row + s]));
-                _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(part[r][v]), both, _mm256_loadu_ps(to)));
-            }
-        }
+        if (--turn == 0) { turn = same; w.scales += PANEL; }
     }
 }
 
