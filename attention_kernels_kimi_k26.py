@@ -355,9 +355,8 @@ struct Heads {
                 scale[k] = take(a, c.latent + row * c.latent_row + (block + k) * c.latent_key, c.rotary + row * c.rotary_row + (block + k) * c.rotary_key,
                                 b.keys + k * key_row);
             turn(a, b, stretches * STRETCH / 2);
-            memset(b.scores, 0, there * PANEL * sizeof(float));
             meet({(uint32_t*)queries, (float*)queries + all / 2 * PANEL}, 1, b.keys, (const float*)b.keys + all / 2, there, key_row, all / STRETCH,
-                 b.scores, LANES);
+                 b.scores, true, LANES);
             for (i64 k = 0; k < stretches * STRETCH; k++)
                 if (k >= there || (mask && !mask[block + k])) _mm512_storeu_ps(b.scores + k * PANEL, _mm512_set1_ps(-INFINITY));
             __m512 factor[KEYS / STRETCH];
@@ -371,7 +370,7 @@ struct Heads {
             for (i64 n = 0; n < stretches; n++) put_weights(b, n, scale, factor[n]);
             for (i64 column = 0; column < a.rank; column += PANEL)
                 meet({b.values + column * KEYS / 2, b.ones}, KEYS, b.weights, (const float*)b.weights + KEYS / 2, LANES, weight_row, stretches,
-                     s.read + column * LANES);
+                     s.read + column * LANES, false);
         }
     }
     static const float* columns(const Sums& s, const Attention&, i64 i, i64 column) { return s.read + (column * LANES + i * PANEL); }

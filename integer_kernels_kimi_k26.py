@@ -288,23 +288,33 @@ template <int R, bool FIRST> static inline void multiply_pairs(const uint32_t* w
     multiply_pair<R, 3, FIRST>(words, x, fourth, row, part);
 }
 
-// y[r] += sixteen outputs of a panel for R rows of pairs, `row` words apart. Each scale of the panel is for `same` stretches.
-template <int R> static __attribute__((noinline)) void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 row, i64 stretches, float* y) {
-    i64 turn = same;
-    for (i64 s = 0; s < stretches; s++, scales++) {
-        asm volatile("" ::: "memory");  // or y would stay in registers that the sums need
-        __m256i part[R][2];
-        const uint32_t *fourth = x + 3 * row, *end = x + STRETCH / 2;
-        multiply_pairs<R, true>(w.words, x, fourth, row * sizeof(uint32_t), part);
-        while (x += 4, fourth += 4, w.words += 4 * PANEL, x != end) multiply_pairs<R, false>(w.words, x, fourth, row * sizeof(uint32_t), part);
-        const __m256 low = _mm256_loadu_ps(w.scales), high = _mm256_loadu_ps(w.scales + 8);
-        const float* after = scales + 3 * row;
-        for (int r = 0; r < R; r++) {
-            const __m256 given = _mm256_set1_ps((r < 3 ? scales : after)[r % 3 * row]);
-            float* to = y + r * PANEL;
-            _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(part[r][0]), _mm256_mul_ps(low, given), _mm256_loadu_ps(to)));
-            _mm256_storeu_ps(to + 8, _mm256_fmadd_ps(_mm256_cvtepi32_ps(part[r][1]), _mm256_mul_ps(high, given), _mm256_loadu_ps(to + 8)));
+// One stretch of R rows of pairs, `row` words apart, and sixteen outputs of a panel: y[r] += them; `FRESH`: y[r] =.
+template <int R, bool FRESH>
+static inline __attribute__((always_inline)) void meet_stretch(Panel w, const uint32_t* x, const float* scales, i64 row, float* y) {
+    asm volatile("" ::: "memory");  // or y would stay in registers that the sums need
+    __m256i part[R][2];
+    const uint32_t *fourth = x + 3 * row, *end = x + STRETCH / 2;
+    multiply_pairs<R, true>(w.words, x, fourth, row * sizeof(uint32_t), part);
+    while (x += 4, fourth += 4, w.words += 4 * PANEL, x != end) multiply_pairs<R, false>(w.words, x, fourth, row * sizeof(uint32_t), part);
+    const __m256 low = _mm256_loadu_ps(w.scales), high = _mm256_loadu_ps(w.scales + 8);
+    const float* after = scales + 3 * row;
+    for (int r = 0; r < R; r++) {
+        const __m256 given = _mm256_set1_ps((r < 3 ? scales : after)[r % 3 * row]);
+        for (int v = 0; v < 2; v++) {
+            float* to = y + r * PANEL + v * 8;
+            const __m256 sum = _mm256_cvtepi32_ps(part[r][v]), scale = _mm256_mul_ps(v ? high : low, given);
+            _mm256_storeu_ps(to, FRESH ? _mm256_mul_ps(sum, scale) : _mm256_fmadd_ps(sum, scale, _mm256_loadu_ps(to)));
         }
+    }
+}
+
+// The same for many stretches; `fresh`: y[r] = their sum. Each scale of the panel is for `same` stretches.
+template <int R>
+static __attribute__((noinline)) void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 row, i64 stretches, float* y, bool fresh) {
+    i64 turn = same;
+    for (i64 s = 0; s < stretches; s++, x += STRETCH / 2, scales++, w.words += STRETCH / 2 * PANEL) {
+        if (fresh && s == 0) meet_stretch<R, true>(w, x, scales, row, y);
+        else meet_stretch<R, false>(w, x, scales, row, y);
         if (--turn == 0) { turn = same; w.scales += PANEL; }
     }
 }
@@ -324,16 +334,16 @@ static void ask_for(Matrix m, i64 from, i64 k) {
     coming.parts[coming.turn ^= 1] = {at, at + PANEL * row_bytes(m, k)};
 }
 
-// y[r] += a panel's outputs, all or the first sixteen, for any number of rows, whose scales lie apart from their pairs: (rows, PANEL). So many
-// `lines` of what is coming are asked for meanwhile.
-static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 rows, i64 row, i64 stretches, float* y, int outputs = PANEL,
-                 i64 lines = 0) {
+// The same with a panel's outputs, all or the first sixteen, for any number of rows, whose scales lie apart from their pairs: (rows, PANEL).
+// So many `lines` of what is coming are asked for meanwhile.
+static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 rows, i64 row, i64 stretches, float* y, bool fresh,
+                 int outputs = PANEL, i64 lines = 0) {
     const i64 pieces = (rows + HEIGHT - 1) / HEIGHT;  // of about as many rows each
     for (i64 half = 0; half < outputs; half += LANES, w.words += LANES, w.scales += LANES, y += LANES)
         for (i64 piece = 0; piece < pieces; piece++) {
             const i64 first = rows * piece / pieces;
             if (lines) coming.some(lines * LANES / (outputs * pieces) + 1);
-            const auto some = [&](auto count) { meet<count>(w, same, x + first * row, scales + first * row, row, stretches, y + first * PANEL); };
+            const auto some = [&](auto count) { meet<count>(w, same, x + first * row, scales + first * row, row, stretches, y + first * PANEL, fresh); };
             switch (rows * (piece + 1) / pieces - first) {
                 case 1: some(std::integral_constant<int, 1>()); break;
                 case 2: some(std::integral_constant<int, 2>()); break;
@@ -347,7 +357,6 @@ static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 
 
 // y[r] = outputs `from` on of a matrix, a panel of them, for all rows.
 static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint32_t* x, i64 rows, i64 row, i64 k, float* y) {
-    memset(y, 0, rows * PANEL * sizeof(float));
     // All lines at once, in order: filled are eight rows at a time, which memory is slower to answer.
     const auto at = [&](i64 o) { return (const char*)m.values + o * row_bytes(m, k); };
     for (const char *line = at(from), *end = at(std::min(from + PANEL, outputs)); line < end; line += 64) _mm_prefetch(line, _MM_HINT_T0);
@@ -355,7 +364,7 @@ static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint
         const i64 end = std::min<i64>(begin + DEPTH, k);
         fill(w, m, from, outputs, begin, end, k, group);
         meet(w, m.scales ? group / STRETCH : 1, x + begin / 2, (const float*)x + k / 2 + begin / STRETCH, rows, row, (end - begin) / STRETCH, y,
-             PANEL, PANEL * row_bytes(m, end - begin) / 64);
+             begin == 0, PANEL, PANEL * row_bytes(m, end - begin) / 64);
     }
 }
 
