@@ -16,7 +16,7 @@ from .native_kimi_k26 import INPUTS, FeedForward, is_plain, knows_group, library
 from .parallel_kimi_k26 import Peers
 from .quantization_kimi_k26 import CpuInt4, KeepDtype, KimiK26Int4Linear
 from .store_kimi_k26 import CpuExpert, DeviceExpert, ExpertStore, KnownExperts, NativeExpert, weights_of
-from .triton_kimi_k26 import ExpertTable, grouped_experts, has_kernels, table_for
+from .triton_kimi_k26 import FEW_TOKENS, ExpertTable, grouped_experts, has_kernels, picked_experts, picks, table_for
 
 
 # Up to this many rows the CPU's INT4 product is faster than unpacking the words and multiplying.
@@ -82,6 +82,9 @@ class KimiK26Router(KeepDtype):
         Returns:
             logits `(tokens, experts)` float32, weights `(tokens, top_k)` float32, chosen `(tokens, top_k)` int64.
         """
+        given = (x, self.weight, self.e_score_correction_bias)
+        if self.n_group <= 1 and type(self.weight) is nn.Parameter and picks(*given) and has_kernels(x.device):
+            return picked_experts(*given, self.top_k, self.normalize, self.scaling)
         dtype = at_least_float32(x.dtype)
         logits = F.linear(x.to(dtype), self.weight.to(dtype))
         scores = logits.sigmoid()
@@ -190,7 +193,12 @@ class KimiK26Experts(nn.ModuleList):
                 self[number] = AbsentExpert()
 
     def forward(
-        self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, beside: Callable | None = None
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        beside: Callable | None = None,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """The weighted sum of each token's experts, added up in float32 (float64 in float64).
 
@@ -199,11 +207,12 @@ class KimiK26Experts(nn.ModuleList):
             weights (`torch.Tensor` of shape `(tokens, top_k)`, float32), chosen (same shape, int64).
             beside (`Callable`, *optional*): gives what is added for every token (the shared expert); it is called before
                 the shares of other devices are waited for.
+            dtype (`torch.dtype`, *optional*): of the result, that of `x` by default.
 
         Returns:
-            `torch.Tensor` of shape `(tokens, hidden_size)` in the dtype of `x`.
+            `torch.Tensor` of shape `(tokens, hidden_size)`.
         """
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and dtype is None and not torch.is_grad_enabled():
             total = opaque_experts(x, weights, chosen, number_of(self))
             return total if beside is None else total + beside()
         if self.peers is not None:
@@ -222,7 +231,8 @@ class KimiK26Experts(nn.ModuleList):
             total = total + part.to(x.device, non_blocking=on_accelerator)
         if self.peers is not None:
             total = self.peers.sum(total)
-        return total.to(x.dtype) if every is None else total.to(x.dtype) + every
+        total = total.to(dtype or x.dtype)
+        return total if every is None else total + every
 
     def share(self, numbers: Collection[int], x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """What the experts `numbers` add to each token's sum, `(tokens, hidden_size)` float32 (float64 in float64)."""
@@ -427,11 +437,38 @@ class KimiK26MoE(nn.Module):
         self.shared_experts = None
         if config.n_shared_experts:
             self.shared_experts = KimiK26MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+        # For a GPU's kernels: where the shared expert lies, and that each of few tokens has it, once.
+        self._shared: tuple[ExpertTable, torch.Tensor, torch.Tensor] | None = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_shared": None}  # a copy's weights lie elsewhere
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(batch, length, hidden_size)` → the same, and the router's logits `(batch * length, experts)` float32."""
         flat = x.flatten(0, 1)
         logits, weights, chosen = self.gate(flat)
-        shared = partial(self.shared_experts, flat) if self.shared_experts is not None else None
-        out = self.experts(flat, weights, chosen, shared)
+        if (shared := self.shared_by_kernels(flat)) is not None:
+            table, once, first = shared
+            total = self.experts(flat, weights, chosen, dtype=torch.float32)
+            out = grouped_experts(flat, once[: len(flat)], first[: len(flat)], table, added=total)
+        else:
+            beside = partial(self.shared_experts, flat) if self.shared_experts is not None else None
+            out = self.experts(flat, weights, chosen, beside)
         return out.view_as(x), logits
+
+    def shared_by_kernels(self, x: torch.Tensor) -> tuple[ExpertTable, torch.Tensor, torch.Tensor] | None:
+        """For few tokens, the shared expert as a table of one, the weight and the choice of each token; `None` where a
+        GPU's kernels do not serve or there are adapters or hooks."""
+        if self.shared_experts is None or torch.is_grad_enabled() or not has_kernels(x.device):
+            return None
+        if len(self.experts.shares) > 1:  # the shared expert does not wait for what other devices add
+            return None
+        if not torch.compiler.is_compiling():  # a graph keeps to the table that it has met, if only with the many tokens before
+            weights = weights_of(self.shared_experts)
+            if self._shared is None or not self._shared[0].lists(0, weights):
+                table = table_for(x.device, [weights])
+                once = torch.ones(FEW_TOKENS, 1, device=x.device)
+                self._shared = table and (table, once, once.long() - 1)
+        if len(x) > FEW_TOKENS or self._shared is None or self._shared[0].device != x.device or not self._shared[0].serves(x):
+            return None
+        return self._shared

@@ -27,12 +27,23 @@ BAR = 0.6
 WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 INT4 = {"format": "pack-quantized", "quant_method": "compressed-tensors", "ignore": ["re:.*shared_experts.*"]}
 INT4 |= {"config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}}
-OTHERS = {  # outputs, words or weights, warps, stages to try; by whether tokens are few and weights are words
-    (True, True): [(4, 128, 1), (8, 128, 2), (8, 128, 4), (16, 128, 4), (4, 256, 2), (4, 512, 4)],
-    (True, False): [(2, 256, 1), (4, 256, 1), (4, 512, 4), (8, 256, 4), (8, 512, 4)],
-    (False, True): [(o, i, w, s) for o in (64, 128) for i, w in ((16, 4), (32, 4), (32, 8)) for s in (2, 3, 4)],
-    (False, False): [(o, i, w, s) for o in (64, 128) for i, w in ((64, 4), (128, 8)) for s in (2, 3, 4)],
+# Blocks to try for gate and up, and for down: outputs, words or weights, warps, stages; by the blocks they stand for and by
+# whether weights are words.
+FEW_WORDS = [(8, 128, 1, 1), (8, 128, 1, 2), (8, 128, 1, 3), (8, 256, 2, 1), (16, 128, 2, 1)]
+FEW_DOWN = [(4, 256, 2, 1), (4, 128, 1, 1), (4, 256, 2, 3), (8, 256, 2, 1), (8, 256, 2, 3), (8, 512, 4, 1)]
+FEW_PLAIN = [(o, i, w, 1) for o in (2, 4) for i, w in ((256, 1), (1024, 4), (2048, 8))]
+MANY_WORDS = [(64, 16, 4, s) for s in (3, 4, 5)] + [(64, 32, 4, 3), (128, 16, 4, 3), (128, 16, 8, 3)]
+FULL_WORDS = [(64, 16, 4, 3), (64, 16, 4, 4), (128, 16, 8, 3), (128, 16, 8, 4), (128, 32, 8, 2)]
+MANY_PLAIN = [(o, i, w, s) for o in (64, 128) for i, w in ((64, 4), (128, 8)) for s in (2, 3, 4)]
+OTHERS = {
+    ("FEW", True): (FEW_WORDS, FEW_DOWN),
+    ("FEW", False): (FEW_PLAIN, FEW_PLAIN),
+    ("MANY", True): (MANY_WORDS, MANY_WORDS),
+    ("MANY", False): (MANY_PLAIN, MANY_PLAIN),
+    ("FULL", True): (FULL_WORDS, FULL_WORDS),
+    ("FULL", False): (MANY_PLAIN, MANY_PLAIN),
 }
+TOKENS = {"FEW": 1, "MANY": 32, "FULL": 2048}
 
 
 def build(plain: bool) -> KimiK26MoE:
@@ -98,16 +109,16 @@ def bytes_read(layer: KimiK26MoE, chosen: torch.Tensor) -> int:
 
 
 def difference(layer: KimiK26MoE) -> float:
-    """Between kernels and reference, relative, for few and for many tokens; the larger of both."""
+    """Between kernels and reference, relative, for few and for many tokens; the largest."""
     worst = 0.0
-    for tokens in (2, 2 * kernels.FEW_TOKENS):
+    for tokens in (2, 2 * kernels.FEW_TOKENS, TOKENS["FULL"]):
         x = torch.randn(tokens, layer.gate.weight.shape[1], device="cuda", dtype=torch.bfloat16)
         _, weights, chosen = layer.gate(x)
-        expected = torch.zeros_like(x, dtype=torch.float32)
-        for token, row in enumerate(x):
+        got = layer.experts(x, weights, chosen)[:16].float()
+        expected = torch.zeros_like(got)
+        for token, row in enumerate(x[:16]):
             for weight, number in zip(weights[token], chosen[token].tolist()):
                 expected[token] += weight * layer.experts[number](row[None])[0].float()
-        got = layer.experts(x, weights, chosen).float()
         worst = max(worst, float((got - expected).norm() / expected.norm()))
     return worst
 
@@ -123,27 +134,31 @@ def measure(layer: KimiK26MoE, tokens: int, speed: float) -> dict:
 
 
 @torch.no_grad()
-def try_blocks(layer: KimiK26MoE, few: bool, packed: bool):
-    """The two products alone, with other blocks."""
-    tokens = 1 if few else 32
-    x = torch.randn(tokens, layer.gate.weight.shape[1], device="cuda", dtype=torch.bfloat16)
+def try_blocks(layer: KimiK26MoE, way: str, packed: bool):
+    """The two products alone, with other blocks for one of them."""
+    x = torch.randn(TOKENS[way], layer.gate.weight.shape[1], device="cuda", dtype=torch.bfloat16)
     table, total = layer.experts.table(range(len(layer.experts)), x.device, True), torch.empty_like(x)
     _, weights, chosen = layer.gate(x)
-    run = kernels._run_few if few else kernels._run_many
+    run = kernels._run_few if way == "FEW" else kernels._run_many
     sizes = (table.addresses, table.width, table.group_size, table.aligned)
-    found = []
-    for other in OTHERS[few, packed]:
-        blocks = kernels.Blocks(*other)
+    usual = getattr(kernels, way)[packed]
+    for place, name in enumerate(("gate and up", "down")):
+        found = []
+        for other in OTHERS[way, packed][place]:
+            blocks = list(usual)
+            blocks[place] = kernels.Blocks(*other)
 
-        def work(blocks=blocks):
-            run(x, weights, chosen, total, *sizes, blocks)
+            def work(blocks=blocks):
+                run(x, weights, chosen, None, total, *sizes, blocks)
 
-        try:
-            found.append((seconds(graph_of(work).replay, lambda: chosen.copy_(layer.gate(x.normal_())[2])), blocks))
-        except Exception as error:  # more registers or shared memory than there are
-            print(f"{blocks}: {type(error).__name__}")
-    for taken, blocks in sorted(found):
-        print(f"{tokens:5} tokens {taken * 1e6:8.0f} µs  {blocks}")
+            try:
+                taken = seconds(graph_of(work).replay, lambda: chosen.copy_(layer.gate(x.normal_())[2]), 20)
+                found.append((taken, blocks[place]))
+            except Exception as error:  # more registers or shared memory than there are
+                print(f"{blocks[place]}: {type(error).__name__}")
+        for taken, blocks in sorted(found, key=lambda one: one[0]):
+            usually = "  as it is" if blocks == usual[place] else ""
+            print(f"{way} {len(x):5} tokens {taken * 1e6:8.0f} µs  {name}: {blocks}{usually}")
 
 
 def main() -> int:
@@ -173,8 +188,8 @@ def main() -> int:
             named = {"device": torch.cuda.get_device_name(), "bandwidth": speed, "plain": args.plain}
             json.dump(named | {"difference": apart, "results": results}, file, indent=2)
     if args.blocks:
-        for few in (True, False):
-            try_blocks(layer, few, not args.plain)
+        for way in TOKENS:
+            try_blocks(layer, way, not args.plain)
     one = [row["share"] for row in results if row["tokens"] == 1]
     return int(apart > 0.02 or any(share < BAR for share in one))
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import kimi_k26
 from kimi_k26 import KimiK26Config, experts_kimi_k26, store_kimi_k26
 from kimi_k26 import triton_kimi_k26 as kernels
-from kimi_k26.experts_kimi_k26 import KimiK26Experts, KimiK26MLP, KimiK26MoE, Routing
+from kimi_k26.experts_kimi_k26 import KimiK26Experts, KimiK26MLP, KimiK26MoE, KimiK26Router, Routing
 from kimi_k26.store_kimi_k26 import DeviceExpert
 from kimi_k26.tests.tiny_models import config_dict, fill
 from kimi_k26.triton_kimi_k26 import Blocks, ExpertTable, grouped_experts
@@ -93,8 +93,9 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 def small_blocks(monkeypatch):
     """Fewer and larger programs: the interpreter takes its time for each."""
     for packed in (True, False):
-        monkeypatch.setitem(kernels.FEW, packed, Blocks(64, 16 if packed else 64))
-        monkeypatch.setitem(kernels.MANY, packed, Blocks(128, 16 if packed else 64))
+        monkeypatch.setitem(kernels.FEW, packed, (Blocks(64, 16 if packed else 64),) * 2)
+        for way in (kernels.MANY, kernels.FULL):
+            monkeypatch.setitem(way, packed, (Blocks(128, 16 if packed else 64),) * 2)
 
 
 SHAPES = {  # hidden size, width, values per scale
@@ -135,7 +136,7 @@ def test_with_the_blocks_as_they_are(group):
 @pytest.mark.parametrize("tokens", [2, 20])
 def test_any_blocks(blocks, tokens, monkeypatch):
     for way in (kernels.FEW, kernels.MANY):
-        monkeypatch.setitem(way, True, blocks)
+        monkeypatch.setitem(way, True, (blocks, blocks))
     experts = make_experts(3, 64, 32)
     x, (weights, chosen) = rows(tokens, 64, torch.bfloat16), route(tokens, 3, top_k=2)
     assert error(grouped_experts(x, weights, chosen, table_of(experts)), loops(experts, x, weights, chosen)) < 0.02
@@ -369,9 +370,10 @@ def calls(monkeypatch, small_blocks) -> list[int]:
     """Layers of experts compute by the kernels, here too; how many tokens these were given, call by call."""
     asked, run = [], grouped_experts
 
-    def counted(x, *rest):
-        asked.append(len(x))
-        return run(x, *rest)
+    def counted(x, *rest, **more):
+        if "added" not in more:  # else it is the shared expert
+            asked.append(len(x))
+        return run(x, *rest, **more)
 
     for module in (kernels, experts_kimi_k26):
         monkeypatch.setattr(module, "has_kernels", lambda device: True)
@@ -412,6 +414,47 @@ def test_a_layer_of_experts(quantized, calls, nobody_waits):
         x = tokens_of(*shape)
         assert error(layer(x)[0], expected_of(layer, x)) < 0.02
     assert calls == [1, 4, 30]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@torch.no_grad()
+def test_the_router_picks_what_it_picks_without_kernels(normalize, monkeypatch):
+    config = KimiK26Config(text_config={"hidden_size": 96, "n_routed_experts": 24, "num_experts_per_tok": 6}).text_config
+    router = KimiK26Router(config).to(torch.bfloat16).to(DEVICE)
+    router.normalize = normalize
+    generator = torch.Generator().manual_seed(3)
+    router.weight.copy_(torch.randn(24, 96, generator=generator) / 8)
+    router.e_score_correction_bias.copy_(torch.randn(24, generator=generator) / 8)
+    x = rows(8, 96, torch.bfloat16)
+    ways = []
+    for by_kernels in (False, True):
+        monkeypatch.setattr(experts_kimi_k26, "has_kernels", lambda device: by_kernels)
+        logits, weights, chosen = router(x)
+        chosen, order = chosen.sort(dim=1)
+        ways.append((logits, weights.gather(1, order), chosen))
+    (logits, weights, chosen), (its_logits, its_weights, its_chosen) = ways
+    assert its_logits.dtype == its_weights.dtype == torch.float32 and torch.equal(its_chosen, chosen)
+    torch.testing.assert_close(its_logits, logits)
+    torch.testing.assert_close(its_weights, weights)
+    x[0] = float("nan")
+    chosen = router(x)[2]
+    assert ((chosen >= 0) & (chosen < 24)).all()  # what lies elsewhere is not read
+
+
+@torch.no_grad()
+def test_the_shared_expert_may_be_changed_and_watched(calls):
+    layer, x = make_layer(), tokens_of(1, 2)
+    seen = []
+    handle = layer.shared_experts.register_forward_hook(lambda *args: seen.append(1))
+    watched = layer(x)[0]
+    assert seen
+    handle.remove()
+    assert error(layer(x)[0], watched.double()) < 0.02 and len(seen) == 1
+    layer.shared_experts.up_proj.weight.mul_(2)  # in the same place
+    assert error(layer(x)[0], expected_of(layer, x)) < 0.02
+    layer.shared_experts.up_proj.weight = torch.nn.Parameter(layer.shared_experts.up_proj.weight.flip(0))
+    assert error(layer(x)[0], expected_of(layer, x)) < 0.02
+    assert error(copy.deepcopy(layer)(x)[0], expected_of(layer, x)) < 0.02
 
 
 @torch.no_grad()
@@ -534,33 +577,40 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kimi_k26 import triton_kimi_k26 as kernels
+from kimi_k26.triton_kimi_k26 import Blocks
 
 POINTERS = {"x": "*bf16", "table": "*i64", "chosen": "*i64", "factors": "*fp32", "total": "*bf16", "order": "*i64"}
-POINTERS |= dict.fromkeys(("starts", "tile_expert", "tile_starts"), "*i64") | {"outs_of_pairs": "*bf16", "magic": "i32"}
+POINTERS |= dict.fromkeys(("starts", "tile_expert", "tile_starts"), "*i64") | {"outs_of_pairs": "*bf16", "added": "*fp32"}
+POINTERS |= {"weight": "*bf16", "logits": "*fp32", "bias": "*fp32", "spread": "*fp32", "arranged": "*bf16"}
 
 
-def built(kernel, hidden="*bf16", **constants):
-    types = {name: (POINTERS | {"hidden": hidden}).get(name, "constexpr") for name in kernel.arg_names}
+def built(kernel, blocks=Blocks(0, 0), x="*bf16", hidden="*bf16", **constants):
+    constants |= {"outputs": blocks.outputs, "stages": blocks.stages} | ({"block": blocks.inputs} if blocks.inputs else {})
+    types = {name: (POINTERS | {"x": x, "hidden": hidden}).get(name, "constexpr") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in kernel.arg_names}
-    options = {"num_warps": constants["blocks"].warps, "num_stages": constants["blocks"].stages}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     code = compile(ASTSource(kernel, types, places), target=GPUTarget("cuda", 90, 32), options=options)
-    print(kernel.__name__, constants["group"], len(code.asm["cubin"]))
+    print(kernel.__name__, len(code.asm["cubin"]))
     return code.asm["ttgir"]
 
 
 for group in (32, 0):
-    step = 8 if group else 1
+    step, words = (8, True) if group else (1, False)
     common = {"group": group, "kind": tl.uint32 if group else tl.bfloat16, "aligned": True, "top_k": 8, "experts": 384}
     up, down = {"steps": 7168 // step, "width": 2048}, {"steps": 2048 // step, "width": 7168}
-    for way, first, second in (("FEW", "_gate_up_few", "_down_few"), ("MANY", "_gate_up_many", "_down_many")):
-        blocks = getattr(kernels, way)[group > 0]
-        rest = {"blocks": blocks, "outputs": blocks.outputs, "block": blocks.inputs}
-        rest |= {"rows": 16, "multiplied": tl.bfloat16}
-        hidden = "*fp32" if way == "FEW" else "*bf16"
-        built(getattr(kernels, first), hidden, **common, **up, **rest)
-        ir = built(getattr(kernels, second), hidden, **common, **down, **rest)
-        assert ("warp_group_dot" in ir) == (way == "MANY"), ir  # the matrix units multiply, where they are meant to
-built(kernels._add_choices, **common, width=7168, block=kernels.SUM_BLOCK, blocks=kernels.FEW[True])
+    few = {"x": "*fp32" if group else "*bf16", "hidden": "*fp32"}
+    built(kernels._gate_up_few, kernels.FEW[words][0], **few, **common, **up)
+    built(kernels._down_few, kernels.FEW[words][1], **few, **common, **down)
+    many = common | {"rows": 16, "multiplied": tl.bfloat16}
+    for kernel, blocks, sizes in zip((kernels._gate_up_many, kernels._down_many), kernels.MANY[words], (up, down)):
+        ir = built(kernel, blocks, **many, **sizes)
+        assert "warp_group_dot" in ir, ir  # the matrix units multiply
+built(kernels._add_choices, width=7168, top_k=8, block=kernels.SUM_BLOCK)
+built(kernels._spread, steps=896, block=kernels.SPREAD_BLOCK)
+built(kernels._arrange, steps=896, padded=7168, block=kernels.SUM_BLOCK)
+built(kernels._logits, experts=384, size=7168, block=kernels.LOGITS_BLOCK)
+rule = {"experts": 384, "top_k": 8, "normalize": True, "scaling": 2.5, "padded": 512, "slots": 8}
+built(kernels._choose, Blocks(0, 0, warps=1), **rule)
 """
 
 
@@ -571,4 +621,4 @@ def test_they_compile_for_a_gpu_at_the_published_sizes(tmp_path):
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 9
+    assert len(done.stdout.splitlines()) == 13
