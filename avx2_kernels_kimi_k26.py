@@ -7,7 +7,7 @@ pairs in bfloat16 are two fused ones in float32; their sums differ from AVX-512'
 """
 
 AVX2 = r"""
-#ifdef __AVX512BF16__
+#ifdef __AVX512BF16__  // such processors multiply bytes too (VNNI)
 #define BFLOAT16_PRODUCTS
 enum { REGISTERS = 32 };  // vectors that the processor holds at once
 static inline void keep(__m512i& a) { asm("" : "+v"(a)); }
@@ -40,10 +40,10 @@ INLINE void keep(__m512i& a) { asm("" : "+x"(a.low), "+x"(a.high)); }
     INLINE __m512i _mm512_##name(__m512i a, kind n) { return {_mm256_##name(a.low, n), _mm256_##name(a.high, n)}; }
 FLOATS2(add_ps) FLOATS2(sub_ps) FLOATS2(mul_ps) FLOATS2(div_ps) FLOATS2(max_ps) FLOATS2(unpacklo_ps) FLOATS2(unpackhi_ps)
 FLOATS3(fmadd_ps) FLOATS3(fnmadd_ps)
-INTS2(add_epi16, add_epi16) INTS2(or_si512, or_si256) INTS2(and_si512, and_si256)
+INTS2(add_epi16, add_epi16) INTS2(add_epi32, add_epi32) INTS2(max_epi32, max_epi32) INTS2(or_si512, or_si256) INTS2(and_si512, and_si256)
 INTS2(unpacklo_epi16, unpacklo_epi16) INTS2(unpackhi_epi16, unpackhi_epi16) INTS2(unpacklo_epi32, unpacklo_epi32)
 INTS2(unpackhi_epi32, unpackhi_epi32) INTS2(unpacklo_epi64, unpacklo_epi64) INTS2(unpackhi_epi64, unpackhi_epi64)
-SHIFT(slli_epi32, int) SHIFT(srli_epi16, int) SHIFT(srl_epi32, __m128i)
+SHIFT(slli_epi32, int) SHIFT(srai_epi32, int) SHIFT(srli_epi16, int) SHIFT(srl_epi32, __m128i)
 INLINE __m512d _mm512_unpacklo_pd(__m512d a, __m512d b) { return {_mm256_unpacklo_pd(a.low, b.low), _mm256_unpacklo_pd(a.high, b.high)}; }
 INLINE __m512d _mm512_unpackhi_pd(__m512d a, __m512d b) { return {_mm256_unpackhi_pd(a.low, b.low), _mm256_unpackhi_pd(a.high, b.high)}; }
 
@@ -125,6 +125,11 @@ INLINE int _mm512_reduce_min_epi32(__m512i a) {
     _mm512_storeu_si512(all, a);
     return *std::min_element(all, all + 16);
 }
+INLINE int _mm512_reduce_max_epi32(__m512i a) {
+    int all[16];
+    _mm512_storeu_si512(all, a);
+    return *std::max_element(all, all + 16);
+}
 
 // Numbers.
 INLINE __m512i _mm512_cvtepu16_epi32(__m256i a) { return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))}; }
@@ -140,6 +145,19 @@ INLINE __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_e
 INLINE __m256 second_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000))); }
 INLINE __m256 add_pairs(__m256 sum, __m256i a, __m256i b) { return _mm256_fmadd_ps(second_of(a), second_of(b), _mm256_fmadd_ps(first_of(a), first_of(b), sum)); }
 INLINE __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) { return {add_pairs(sum.low, a.low, b.low), add_pairs(sum.high, a.high, b.high)}; }
+INLINE __m512i _mm512_cvtps_epi32(__m512 a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
+INLINE __m512 _mm512_cvtepi32_ps(__m512i a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+INLINE __m128i _mm512_cvtepi32_epi8(__m512i a) {
+    int32_t words[16];
+    uint8_t bytes[16];
+    memcpy(words, &a, sizeof words);
+    for (int i = 0; i < 16; i++) bytes[i] = words[i];
+    return _mm_loadu_si128((const __m128i*)bytes);
+}
+INLINE __m256i add_bytes(__m256i sum, __m256i a, __m256i b) {  // a's are from 0 to 15: two products fit sixteen bits
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+}
+INLINE __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) { return {add_bytes(sum.low, a.low, b.low), add_bytes(sum.high, a.high, b.high)}; }
 INLINE __m512 _mm512_roundscale_ps(__m512 a, int) { return {_mm256_round_ps(a.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), _mm256_round_ps(a.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 INLINE __m512 _mm512_mul_round_ps(__m512 a, __m512 b, int) {
     __m512 product = _mm512_mul_ps(a, b);

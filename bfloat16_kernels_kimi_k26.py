@@ -1,4 +1,7 @@
-"""The CPU's kernels of INT4 words, and of many rows, in products of bfloat16: for processors that have them.
+"""The CPU's kernels of INT4 words, and of many rows, for processors with products of bfloat16, and so of bytes (VNNI).
+
+Few rows meet INT4 words as integers of sixteen bits, two bytes each: products of bytes take half the time of those of bfloat16.
+A value keeps 15 bits and a sign of the largest of its 32, which is more than bfloat16 has.
 
 `PANELS` are the products of many rows where there are no tiles (`tile_kernels_kimi_k26`).
 """
@@ -6,38 +9,41 @@
 BFLOAT16 = r"""
 // ---------------------------------------------------------------------------------------- INT4 words and few rows
 
-// INT4 values are unpacked a line of memory at a time. Set into the lower bits of the bfloat16 number 128 a value v, stored
-// as v + 8, becomes 136 + v; what that is too much is taken off each sum. x comes `spread` for it: of each unit the
-// values at places 4 * i, then those at 4 * i + 1, 4 * i + 2, 4 * i + 3, then sixteen sums to begin with, in float. A last
-// unit that is not full has zeros.
-enum { UNIT = 128, SPREAD = UNIT + 32 };
-static inline __m512bh unpacked(__m512i words, int n) {  // values at places 4 * i + n
-    const __m512i some = n ? _mm512_srli_epi16(words, 4 * n) : words;
-    return (__m512bh)_mm512_ternarylogic_epi32(some, _mm512_set1_epi16(0x000f), _mm512_set1_epi16(0x4300), 0xea);  // (a & b) | c
-}
-static inline __m512 too_much(const bf16* unit) {  // four times 32 values, however they stand
-    const __m512bh less = (__m512bh)_mm512_set1_epi16((short)narrow(-136));
-    __m512 sum = _mm512_setzero_ps();
-    for (int n = 0; n < 4; n++) sum = _mm512_dpbf16_ps(sum, less, load32(unit + n * 32));
-    return sum;
-}
-
-static inline i64 spread_size(i64 k) { return (k + UNIT - 1) / UNIT * SPREAD; }
-static inline bf16* spread_place(bf16* row, i64 k) { return row + k / UNIT * SPREAD + k % 4 * (UNIT / 4) + k % UNIT / 4; }
+// A spread row has the values themselves, then units of 128 inputs, which is what a line of INT4 words has: of each 32 values the largest
+// sets a scale, and they become integers in two bytes, of even and of odd inputs, as a word's bytes have one of each. A lane of products
+// has four bytes of words, eight values; of it the scale, and what is too much, as INT4 values are stored as v + 8.
+enum { UNIT = 128, SPREAD = 192, MOST_GIVEN = 127 * 257 };  // inputs, and words of sixteen bits, of a unit; the largest integer
+static const float LEAST = 1e-30f;  // what has no larger value is zero: its scale could not be divided by
+struct Unit { __m512i upper[2], lower[2]; __m512 scale, less; };
+static inline i64 spread_size(i64 k) { return k + (k + UNIT - 1) / UNIT * SPREAD; }
 static void complete(bf16* row, i64 k) {  // once the values are there
-    for (i64 unit = 0; unit < k; unit += UNIT, row += SPREAD) _mm512_storeu_ps(row + UNIT, too_much(row));
-}
-// Sixteen values from place `o` of a row on, put where `spread` would.
-static inline void store_spread(bf16* row, i64 o, __m256i values) {
-    const __m256i by_place = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    alignas(32) uint64_t four[4];
-    _mm256_store_si256((__m256i*)four, _mm256_permutexvar_epi16(by_place, values));
-    for (int n = 0; n < 4; n++) memcpy(spread_place(row, o + n), four + n, sizeof *four);
-}
-static void spread(const bf16* x, i64 k, bf16* to) {
-    if (k % UNIT) memset(to + k / UNIT * SPREAD, 0, SPREAD * sizeof(bf16));
-    for (i64 i = 0; i < k; i++) *spread_place(to, i) = x[i];
-    complete(to, k);
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1)), half = _mm512_set1_epi32(128);
+    for (i64 i = 0; i < (k + UNIT - 1) / UNIT * UNIT; i += 32) {
+        const __mmask16 there = first16(k - i);
+        const __m512 low = wide16(row + i, there), high = wide16(row + i + LANES, there);
+        const auto size = [](__m512 x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); };
+        const int bits = _mm512_reduce_max_epi32(_mm512_max_epi32(size(low), size(high)));
+        float top;
+        memcpy(&top, &bits, sizeof top);
+        const bool finite = bits < 0x7f800000, usual = finite && top > LEAST;
+        const float scale = usual ? top / MOST_GIVEN : finite ? 0 : NAN;
+        const __m512 factor = _mm512_set1_ps(usual ? MOST_GIVEN / top : 0);
+        const auto integers = [&](__m512i which) { return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_permutex2var_ps(low, which, high), factor)); };
+        const __m512i values[2] = {integers(evens), integers(odds)};
+        Unit& unit = *(Unit*)(row + k + i / UNIT * SPREAD);
+        const i64 part = i % UNIT / 32;  // a quarter of each vector
+        for (int odd = 0; odd < 2; odd++) {
+            _mm_storeu_si128((__m128i*)&unit.upper[odd] + part, _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(values[odd], half), 8)));
+            _mm_storeu_si128((__m128i*)&unit.lower[odd] + part, _mm512_cvtepi32_epi8(values[odd]));
+        }
+        int sum[LANES];
+        _mm512_storeu_si512(sum, _mm512_add_epi32(values[0], values[1]));
+        float less[4];
+        for (int n = 0; n < 4; n++) less[n] = (sum[4 * n] + sum[4 * n + 1] + sum[4 * n + 2] + sum[4 * n + 3]) * -8 * scale;
+        memcpy((__m128*)&unit.less + part, less, sizeof less);
+        _mm_storeu_ps((float*)((__m128*)&unit.scale + part), _mm_set1_ps(scale));
+    }
 }
 
 // The scales of one unit's groups, of which there are `there`, for the lanes of its sums.
@@ -46,17 +52,19 @@ static inline __m512 lane_scales(const bf16* scales, __mmask8 there, __m512i gro
     return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, group_of, some));  // the upper half of a float
 }
 
-// y[r][o] = w[o] . x[r] for INT4 words and spread x: integers are multiplied exactly, and each group's sum is scaled. A group has 32, 64,
-// 128, … inputs. Two rows of w share what is loaded of x, as long as registers hold the sums: their words are half the time.
+// y[r][o] = w[o] . x[r] for INT4 words and spread x: the sums of a lane are exact. A group has 32, 64, 128, … inputs. Two rows of w share
+// what is loaded of x, as long as registers hold the sums.
 template <int O, int R>
 static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {
     const i64 groups = k / group;
     const int fold = __builtin_ctzll(group / 32);  // 2^fold times 32 inputs have one scale
     const __mmask8 whole_scales = (1 << std::max(4 >> fold, 1)) - 1;
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), four_bits = _mm512_set1_epi32(0x0f0f0f0f);
     const __m512i group_of = _mm512_slli_epi32(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(2 + std::min(fold, 2))), 16);
     constexpr int N = O < 2 || R > REGISTERS / 8 ? 1 : 2;  // rows of w at a time
     __m512 sum[R][O];
+    const Unit* given[R];
+    for (int r = 0; r < R; r++) given[r] = (const Unit*)(x[r] + k);
     #pragma GCC unroll 4
     for (int o = 0; o < O; o += N, w += N * k / 2, scales += N * groups) {
         __m512 total[N][R];  // apart from the others, or the compiler keeps them in memory
@@ -64,28 +72,25 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
         _mm_prefetch((const char*)scales + AHEAD / 8, _MM_HINT_T1);
         if (N == 2) _mm_prefetch((const char*)(scales + groups) + AHEAD / 8, _MM_HINT_T1);
         const auto meet = [&](i64 i, __mmask32 there, __mmask8 scales_there) {
-            const i64 unit = i / UNIT * SPREAD;
-            __m512i words[N];
-            __m512 part[N][R];
+            __m512i even[N], odd[N];
+            __m512 factor[N];
             for (int n = 0; n < N; n++) {
                 ask_ahead(w + (n * k + i) / 2);
-                words[n] = _mm512_maskz_loadu_epi16(there, w + (n * k + i) / 2);
+                const __m512i words = _mm512_maskz_loadu_epi16(there, w + (n * k + i) / 2);
+                even[n] = _mm512_and_si512(words, four_bits);
+                odd[n] = _mm512_and_si512(_mm512_srli_epi16(words, 4), four_bits);
+                factor[n] = lane_scales(scales + n * groups + (i / 32 >> fold), scales_there, group_of);
             }
             for (int r = 0; r < R; r++) {
-                const __m512 less = _mm512_loadu_ps(x[r] + unit + UNIT);
-                for (int n = 0; n < N; n++) part[n][r] = less;
-            }
-            for (int q = 0; q < 4; q++) {
-                __m512bh weight[N];
-                for (int n = 0; n < N; n++) weight[n] = unpacked(words[n], q);
-                for (int r = 0; r < R; r++) {
-                    const __m512bh given = load32(x[r] + unit + q * (UNIT / 4));
-                    for (int n = 0; n < N; n++) part[n][r] = _mm512_dpbf16_ps(part[n][r], weight[n], given);
+                const Unit& u = given[r][i / UNIT];
+                const auto at = [](const void* from) { return _mm512_loadu_si512(from); };
+                for (int n = 0; n < N; n++) {
+                    __m512i all = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even[n], at(u.upper));
+                    all = _mm512_slli_epi32(_mm512_dpbusd_epi32(all, odd[n], at(u.upper + 1)), 8);
+                    all = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(all, even[n], at(u.lower)), odd[n], at(u.lower + 1));
+                    const __m512 part = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_loadu_ps(&u.scale), _mm512_loadu_ps(&u.less));
+                    total[n][r] = _mm512_fmadd_ps(part, factor[n], total[n][r]);
                 }
-            }
-            for (int n = 0; n < N; n++) {
-                const __m512 factor = lane_scales(scales + n * groups + (i / 32 >> fold), scales_there, group_of);
-                for (int r = 0; r < R; r++) total[n][r] = _mm512_fmadd_ps(part[n][r], factor, total[n][r]);
             }
         };
         i64 i = 0;
@@ -99,6 +104,12 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
 // ---------------------------------------------------------------------------------------- many rows: what all ways of them share
 
 enum { PANEL = 32, STRETCH = 32 };  // outputs of a panel; inputs whose sum is scaled
+
+// INT4 values of words, at places 4 * i + n: set into the lower bits of the bfloat16 number 128 a value v, stored as v + 8, becomes 136 + v.
+static inline __m512bh unpacked(__m512i words, int n) {
+    const __m512i some = n ? _mm512_srli_epi16(words, 4 * n) : words;
+    return (__m512bh)_mm512_ternarylogic_epi32(some, _mm512_set1_epi16(0x000f), _mm512_set1_epi16(0x4300), 0xea);  // (a & b) | c
+}
 
 // A pair has the inputs that a shift of INT4 words brings together: of eight the first and the fifth, and so on; of bfloat16 neighbours.
 static inline __m512i as_pairs(__m512i x, bool packed) {  // 32 inputs

@@ -26,8 +26,7 @@ static void gate_up(const Expert& e, i64 from, i64 to, const bf16* const* x, i64
     products(e.gate, from, to, x, rows, k, group, [&](i64, i64 r, __m512 y, __mmask16) { _mm512_storeu_ps(gate + r * BLOCK, y); });
     products(e.up, from, to, x, rows, k, group, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
         const __m512 values = swish(_mm512_loadu_ps(gate + r * BLOCK), y);
-        if (group) store_spread(inner[r], o, narrow16(values));
-        else narrow16(inner[r] + o, values, there);
+        narrow16(inner[r] + o, values, there);
     });
 }
 
@@ -115,7 +114,7 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
                              const i64* chosen, const Expert* const* table, bf16* out, i64 threads) {
     const FeedForward& f = *given;
     const i64 pairs = rows * f.top_k, width = f.expert_width;
-    // INT4 words want rows spread, with a full unit at the end.
+    // INT4 words want rows spread: see `complete`.
     const i64 outer_row = f.group_size ? spread_size(f.hidden) : 0, inner_row = f.group_size ? spread_size(width) : width;
     sort_pairs(chosen, table, pairs, teams, order);
     bf16 *outer, *inner, *shared;
@@ -136,9 +135,10 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
     {
         const Bench& mine = benches[omp_get_thread_num()];
         if (f.group_size) {
-            for (Share s(rows); s.begin < s.end; s.begin++) spread(normed + s.begin * f.hidden, f.hidden, outer + s.begin * outer_row);
-            for (Share s(width % UNIT ? pairs : 0); s.begin < s.end; s.begin++)
-                memset(inner + (s.begin + 1) * inner_row - SPREAD, 0, SPREAD * sizeof(bf16));
+            for (Share s(rows); s.begin < s.end; s.begin++) {
+                memcpy(outer + s.begin * outer_row, normed + s.begin * f.hidden, f.hidden * sizeof(bf16));
+                complete(outer + s.begin * outer_row, f.hidden);
+            }
             #pragma omp barrier
         }
         #pragma omp for schedule(dynamic, RUN)

@@ -58,7 +58,6 @@ static inline float to_integers(const __m512i& x, __m512i& to) {
 enum { UNIT = 64, SPREAD = 96 };  // inputs, and words of sixteen bits, of a unit
 struct Unit { __m256i upper[2], lower[2], less; __m256 scale; };
 static inline i64 spread_size(i64 k) { return k + (k + UNIT - 1) / UNIT * SPREAD; }
-static inline void store_spread(bf16* row, i64 o, __m256i values) { _mm256_storeu_si256((__m256i*)(row + o), values); }
 static void complete(bf16* row, i64 k) {  // once the values are there
     bf16* to = row + k;
     for (i64 i = 0; i < k; i += UNIT, to += SPREAD) {
@@ -90,10 +89,6 @@ static void complete(bf16* row, i64 k) {  // once the values are there
         unit.scale = _mm256_setr_ps(scale[0], scale[0], scale[0], scale[0], scale[1], scale[1], scale[1], scale[1]);
         memcpy(to, &unit, sizeof unit);
     }
-}
-static void spread(const bf16* x, i64 k, bf16* to) {
-    memcpy(to, x, k * sizeof(bf16));
-    complete(to, k);
 }
 
 // y[r][o] of neighbouring outputs, whose sums are eight lanes: see the other `settle`.

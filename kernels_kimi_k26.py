@@ -143,7 +143,7 @@ struct Matrix {
 };
 static inline i64 row_bytes(Matrix m, i64 k) { return m.scales ? k / 2 : k * 2; }  // of the values of one output
 
-// The same for INT4 words, and rows that are spread for them: see `spread`.
+// The same for INT4 words, and rows that are spread for them: see `complete`.
 template <int O, int R>
 static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]);
 
