@@ -17,6 +17,8 @@ struct Latents {  // what a cache holds of one layer: addresses, and strides in 
     i64 mask_row;
 };
 
+struct Keys { i64 row, begin, end; };
+
 struct Sums {  // of each query: the largest score, the sum, the weighted values as whoever adds them up has them in order
     float *best, *total, *read;
     float* scores; uint32_t* weights;  // (keys, queries), (keys / 2, queries): within a block
@@ -51,8 +53,8 @@ enum { TOGETHER = 32 };  // keys whose values are added at once
 static inline i64 padded(i64 size) { return (size + 31) / 32 * 32; }  // of a part of a query, as tiles read it
 static i64 copied(i64 rank, i64 rope) { return 64 * (padded(rank) + padded(rope)); }  // of `Reading::copies`
 
-// Sixteen rows of keys from `k` on for a tile. Those that end within a tile are copied, with zeros behind them, and so are the last
-// ones, of which the very last stands for those that are missing.
+// Sixteen rows of keys from `k` on for a tile. Those that end within a tile are copied, with zeros behind them, and so are fewer than
+// sixteen, of which the last stands for those that are missing.
 struct Rows { const bf16* at; i64 bytes; };
 static Rows key_rows(const Part& p, i64 k, i64 there, bf16* copies) {
     const bf16* at = p.key + k * p.key_row;
@@ -67,14 +69,20 @@ static Rows key_rows(const Part& p, i64 k, i64 there, bf16* copies) {
 }
 template <int G> static void score(const Reading& a, i64 block, i64 keys, float* scores) {
     constexpr int N = 4 / G;  // tiles of keys at a time
-    for (i64 k = 0; k < keys; k += N * LANES, scores += N * LANES * G * LANES) {
+    for (i64 k = 0; k < keys; k += N * LANES) {
         const i64 tiles = std::min<i64>(N, (keys - k + LANES - 1) / LANES);
+        i64 first[N];  // of a tile's keys: the last sixteen may have been in the tile before
+        float* to[N];
+        for (int n = 0; n < tiles; n++) {
+            first[n] = std::clamp<i64>(keys - LANES, 0, k + n * LANES);
+            to[n] = scores + first[n] * G * LANES;
+        }
         bf16* copies = a.copies;
         clear_tile(0); clear_tile(1); clear_tile(2); clear_tile(3);
         for (const Part& p : a.parts) {
             Rows rows[N];
             for (i64 n = 0; n < tiles && p.size; n++) {
-                rows[n] = key_rows(p, block + k + n * LANES, keys - k - n * LANES, copies);
+                rows[n] = key_rows(p, block + first[n], keys - first[n], copies);
                 if (copies) copies += LANES * padded(p.size);
             }
             for (i64 c = 0; c < p.size; c += 32) {
@@ -94,13 +102,13 @@ template <int G> static void score(const Reading& a, i64 block, i64 keys, float*
             }
         }
         if constexpr (G == 1) {
-            store_tile(0, scores, 64);
-            if (tiles > 1) store_tile(1, scores + 16 * LANES, 64);
-            if (tiles > 2) store_tile(2, scores + 32 * LANES, 64);
-            if (tiles > 3) store_tile(3, scores + 48 * LANES, 64);
+            store_tile(0, to[0], 64);
+            if (tiles > 1) store_tile(1, to[1], 64);
+            if (tiles > 2) store_tile(2, to[2], 64);
+            if (tiles > 3) store_tile(3, to[3], 64);
         } else {
-            store_tile(0, scores, 128); store_tile(1, scores + LANES, 128);
-            if (tiles > 1) { store_tile(2, scores + 32 * LANES, 128); store_tile(3, scores + 33 * LANES, 128); }
+            store_tile(0, to[0], 128); store_tile(1, to[0] + LANES, 128);
+            if (tiles > 1) { store_tile(2, to[1], 128); store_tile(3, to[1] + LANES, 128); }
         }
     }
 }
@@ -125,9 +133,9 @@ template <int G> static void score(const Reading& a, i64 block, i64 keys, float*
 }
 #endif
 
-// The sums of `G` groups of queries over the keys from `begin` to `end`, `KEYS` at a time: what is read of them stays in the
+// The sums of `G` groups of queries over the keys from `begin` to `end`, `some` at a time: what is read of them stays in the
 // nearer caches. `add(first, keys, shrink)` adds the values of the keys from `first` on, weighted, to sums that shrink before.
-template <int G, int KEYS, class F> static void attend(const Reading& a, i64 begin, i64 end, const Sums& s, F add) {
+template <int G, class F> static void attend(const Reading& a, i64 begin, i64 end, i64 some, const Sums& s, F add) {
     const __m512 never = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a.scale);
     __m512 best[G], total[G];
     __m512i limit[G];
@@ -140,8 +148,8 @@ template <int G, int KEYS, class F> static void attend(const Reading& a, i64 beg
         }
     }
     memset(s.read, 0, s.read_size * sizeof(float));
-    for (i64 block = begin; block < end; block += KEYS) {
-        const i64 keys = std::min<i64>(end - block, KEYS), whole = (keys + TOGETHER - 1) / TOGETHER * TOGETHER;
+    for (i64 block = begin; block < end; block += some) {
+        const i64 keys = std::min(end - block, some), whole = (keys + TOGETHER - 1) / TOGETHER * TOGETHER;
         const auto hide = [&](i64 k) { for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + (k * G + g) * LANES, never); };
         score<G>(a, block, keys, s.scores);
         i64 k;
@@ -177,9 +185,9 @@ template <int G, int KEYS, class F> static void attend(const Reading& a, i64 beg
 }
 
 // read[h] = shrink[h] * read[h] + the sum of weights[k][h] * value[k] for sixteen heads and some keys: values are read as they lie,
-// two keys' interleaved on the way, so columns come in the order that `store_columns` undoes.
+// two keys' interleaved on the way, so columns come in the order that `store_columns` undoes. What is `ahead` comes nearer meanwhile.
 #ifdef TILES
-static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, __m512 shrink, float* read) {
+static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, __m512 shrink, float* read, const bf16* ahead) {
     enum { STEPS = 4 };  // of 32 keys
     alignas(64) float less[LANES];
     alignas(64) uint32_t lines[STEPS][2][16][LANES];  // of 32 columns the lower halves of sixteens, and the upper ones
@@ -195,13 +203,13 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
     if (steps > 1) load_tile(5, lines[1][0], 64);
     if (steps > 2) load_tile(6, lines[2][0], 64);
     if (steps > 3) load_tile(7, lines[3][0], 64);
-    const char* ahead = (const char*)(value + keys * row);  // a line with each pair: the block that follows comes nearer
     for (i64 column = 0; column < columns; column += 32) {
         for (int h = 0; h < LANES; h++)
             for (float* to : {read + h * columns + column, read + h * columns + column + LANES})
                 _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(less[h])));
-        for (i64 p = 0; p < steps * 16; p++, ahead += 64) {
+        for (i64 p = 0; p < steps * 16; p++, ahead += 64) {  // two lines with each pair
             _mm_prefetch(ahead, _MM_HINT_T1);
+            _mm_prefetch(ahead + 32, _MM_HINT_T1);
             const bf16* at = value + std::min(2 * p, keys - 1) * row + column;  // what is not there has a weight of zero
             const __m512i one = (__m512i)load32(at), two = (__m512i)load32(2 * p + 1 < keys ? at + row : at);
             _mm512_storeu_si512(lines[p / 16][0][p % 16], _mm512_unpacklo_epi16(one, two));
@@ -219,11 +227,10 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
     }
 }
 #else
-static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, __m512 shrink, float* read) {
+static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, __m512 shrink, float* read, const bf16* ahead) {
     constexpr int HEADS = REGISTERS / 2;  // at a time
     alignas(64) float less[LANES];
     _mm512_store_ps(less, shrink);
-    const char* ahead = (const char*)(value + keys * row);  // a line with each pair: the block that follows comes nearer
     for (i64 column = 0; column < columns; column += 16)  // of two sixteens that lie together first the lower halves, then the upper
         for (int from = 0; from < LANES; from += HEADS) {
             __m512 sum[HEADS];
@@ -233,7 +240,7 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
             for (i64 k = 0; k < keys; k += 2, at += 2 * row) {
                 if (!from) {
                     _mm_prefetch(ahead, _MM_HINT_T1);
-                    ahead += 64;
+                    ahead += 32;
                 }
                 const __m512i one = (__m512i)load32(at), two = (__m512i)load32(k + 1 < keys ? at + row : at);  // or its weight is zero
                 const __m512bh both = (__m512bh)(column % 32 ? _mm512_unpackhi_epi16(one, two) : _mm512_unpacklo_epi16(one, two));
@@ -246,7 +253,7 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
 #endif
 
 struct Heads {
-    enum { KEYS = 128 };  // at a time
+    enum { KEYS = 128 };  // at a time, at most
     static i64 words(const Attention& a) { return LANES * (padded(a.rank) + padded(a.rope)) / 2; }  // of their queries
     static i64 bench(const Attention& a) { return copied(a.rank, a.rope) / 2; }  // words that a thread needs besides
     static void pack(const Attention& a, const bf16* const* still, const bf16* const* turning, i64 some, uint32_t* to, uint32_t*) {
@@ -256,13 +263,21 @@ struct Heads {
             to += LANES * padded(size) / 2;
         }
     }
-    static void read(const Attention& a, const Latents& c, i64 row, const uint32_t* queries, i64 begin, i64 end, const Sums& s, uint32_t* memory) {
+    static void read(const Attention& a, const Latents& c, const Keys& keys, const Keys& next, const uint32_t* queries, const Sums& s, uint32_t* memory) {
+        const i64 row = keys.row;
         const bf16* latent = c.latent + row * c.latent_row;
         const Reading reading = {{{queries, latent, c.latent_key, a.rank},
                                   {queries + LANES * padded(a.rank) / 2, c.rotary + row * c.rotary_row, c.rotary_key, a.rope}},
                                  nullptr, c.mask ? c.mask + row * c.mask_row : nullptr, a.scale, (bf16*)memory};
-        attend<1, KEYS>(reading, begin, end, s, [&](i64 first, i64 count, const __m512 (&shrink)[1]) {
-            add_rows(latent + first * c.latent_key, c.latent_key, a.rank, s.weights, count, shrink[0], s.read);
+        const i64 all = keys.end - keys.begin, unit = std::max<i64>((all + KEYS - 1) / KEYS, 1) * TOGETHER;
+        const i64 some = (all + unit - 1) / unit * TOGETHER;  // blocks of about as many keys each
+        attend<1>(reading, keys.begin, keys.end, some, s, [&](i64 first, i64 count, const __m512 (&shrink)[1]) {
+            const bool last = first + count == keys.end;
+            const i64 after = last ? next.row : row, begin = last ? next.begin : first + count;
+            const bf16* rotary = c.rotary + after * c.rotary_row + begin * c.rotary_key;
+            for (i64 i = 0; i < count * a.rope; i += 32) _mm_prefetch(rotary + i, _MM_HINT_T1);
+            add_rows(latent + first * c.latent_key, c.latent_key, a.rank, s.weights, count, shrink[0], s.read,
+                     c.latent + after * c.latent_row + begin * c.latent_key);
         });
     }
     static const float* columns(const Sums& s, const Attention& a, i64 i, i64 column) { return s.read + i * a.rank + column; }
@@ -340,7 +355,8 @@ struct Heads {
             ((float*)to)[KEYS / 2 + n] = one[h];
         }
     }
-    static void read(const Attention& a, const Latents& c, i64 row, const uint32_t* queries, i64 begin, i64 end, const Sums& s, uint32_t* memory) {
+    static void read(const Attention& a, const Latents& c, const Keys& keys, const Keys&, const uint32_t* queries, const Sums& s, uint32_t* memory) {
+        const auto [row, begin, end] = keys;
         const Bench b(a, memory);
         const i64 all = size(a), key_row = paired_size(all), weight_row = paired_size(KEYS);
         const uint8_t* mask = c.mask ? c.mask + row * c.mask_row : nullptr;
@@ -460,11 +476,12 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
             Heads::pack(a, still, turning, some, packed + s.begin * Heads::words(a), bench);
         }
         #pragma omp barrier
-        for (Share s(rows * groups * pieces); s.begin < s.end; s.begin++) {
-            const i64 at = s.begin / pieces, r = at / groups, piece = s.begin % pieces;
-            Heads::read(a, c, r, packed + at * Heads::words(a), keys * piece / pieces, keys * (piece + 1) / pieces, sums[s.begin], bench);
+        const auto keys_of = [&](i64 unit) { return Keys{unit / pieces / groups, keys * (unit % pieces) / pieces, keys * (unit % pieces + 1) / pieces}; };
+        #pragma omp for schedule(dynamic, 1)
+        for (i64 unit = 0; unit < rows * groups * pieces; unit++) {
+            const i64 next = std::min(unit + threads, rows * groups * pieces - 1);  // most likely
+            Heads::read(a, c, keys_of(unit), keys_of(next), packed + unit / pieces * Heads::words(a), sums[unit], bench);
         }
-        #pragma omp barrier
         // The pieces become one; then the expansion of values, rank → v for each head.
         for (Share s(rows * groups); s.begin < s.end; s.begin++) {
             const Sums* mine = sums.data() + s.begin * pieces;
