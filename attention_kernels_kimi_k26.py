@@ -55,7 +55,6 @@ static i64 copied(i64 rank, i64 rope) { return 64 * (padded(rank) + padded(rope)
 
 // Sixteen rows of keys from `k` on for a tile. Those that end within a tile are copied, with zeros behind them, and so are fewer than
 // sixteen, of which the last stands for those that are missing.
-struct Rows { const bf16* at; i64 bytes; };
 static Rows key_rows(const Part& p, i64 k, i64 there, bf16* copies) {
     const bf16* at = p.key + k * p.key_row;
     if (!copies || (there >= LANES && p.size % 32 == 0)) return {at, p.key_row * (i64)sizeof(bf16)};
@@ -184,10 +183,11 @@ template <int G, class F> static void attend(const Reading& a, i64 begin, i64 en
     for (int g = 0; g < G; g++) { _mm512_storeu_ps(s.best + g * LANES, best[g]); _mm512_storeu_ps(s.total + g * LANES, total[g]); }
 }
 
-// read[h] = shrink[h] * read[h] + the sum of weights[k][h] * value[k] for sixteen heads and some keys: values are read as they lie,
+// read[h] = shrink[h] * read[h] (nothing where it is `fresh`) + the sum of weights[k][h] * value[k] for sixteen heads and some keys: values are read as they lie,
 // two keys' interleaved on the way, so columns come in the order that `store_columns` undoes. What is `ahead` comes nearer meanwhile.
 #ifdef TILES
-static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, __m512 shrink, float* read, const bf16* ahead) {
+static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, bool fresh, __m512 shrink, float* read,
+                     const bf16* ahead) {
     enum { STEPS = 4 };  // of 32 keys
     alignas(64) float less[LANES];
     alignas(64) uint32_t lines[STEPS][2][16][LANES];  // of 32 columns the lower halves of sixteens, and the upper ones
@@ -204,7 +204,7 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
     if (steps > 2) load_tile(6, lines[2][0], 64);
     if (steps > 3) load_tile(7, lines[3][0], 64);
     for (i64 column = 0; column < columns; column += 32) {
-        for (int h = 0; h < LANES; h++)
+        for (int h = 0; h < (fresh ? 0 : LANES); h++)
             for (float* to : {read + h * columns + column, read + h * columns + column + LANES})
                 _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(less[h])));
         for (i64 p = 0; p < steps * 16; p++, ahead += 64) {  // two lines with each pair
@@ -215,8 +215,8 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
             _mm512_storeu_si512(lines[p / 16][0][p % 16], _mm512_unpacklo_epi16(one, two));
             _mm512_storeu_si512(lines[p / 16][1][p % 16], _mm512_unpackhi_epi16(one, two));
         }
-        load_tile(0, read + column, columns * 4);
-        load_tile(1, read + column + LANES, columns * 4);
+        if (fresh) { clear_tile(0); clear_tile(1); }
+        else { load_tile(0, read + column, columns * 4); load_tile(1, read + column + LANES, columns * 4); }
         load_tile(2, lines[0][0], 64); load_tile(3, lines[0][1], 64);
         multiply_tiles(0, 4, 2); multiply_tiles(1, 4, 3);
         if (steps > 1) { load_tile(2, lines[1][0], 64); load_tile(3, lines[1][1], 64); multiply_tiles(0, 5, 2); multiply_tiles(1, 5, 3); }
@@ -226,8 +226,23 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
         store_tile(1, read + column + LANES, columns * 4);
     }
 }
+
+enum { WEIGHED = 16 };
+// The other `weigh` by tiles; `next` is what will be asked for next.
+static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum, const bf16* next) {
+    enum { PAIRS = 64 };  // at a time
+    for (bool fresh = true; pairs > 0; fresh = false, pairs -= PAIRS, w += 2 * PAIRS * width, weights += PAIRS) {
+        const bf16* given[LANES];
+        alignas(64) uint32_t packed[PAIRS * LANES] = {};
+        for (i64 i = 0; i < rows; i++) given[i] = (const bf16*)(weights + i * weight_stride);
+        pack(given, rows, std::min<i64>(pairs, PAIRS), packed, LANES);
+        const i64 some = 2 * std::min<i64>(pairs, PAIRS);
+        add_rows(w, width, width, packed, some, fresh, _mm512_set1_ps(1), sum, pairs > PAIRS ? w + some * width : next);
+    }
+}
 #else
-static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, __m512 shrink, float* read, const bf16* ahead) {
+static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, bool fresh, __m512 shrink, float* read,
+                     const bf16* ahead) {
     constexpr int HEADS = REGISTERS / 2;  // at a time
     alignas(64) float less[LANES];
     _mm512_store_ps(less, shrink);
@@ -235,7 +250,7 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
         for (int from = 0; from < LANES; from += HEADS) {
             __m512 sum[HEADS];
             for (int h = 0; h < HEADS; h++)
-                sum[h] = _mm512_mul_ps(_mm512_loadu_ps(read + (from + h) * columns + column), _mm512_set1_ps(less[from + h]));
+                sum[h] = fresh ? _mm512_setzero_ps() : _mm512_mul_ps(_mm512_loadu_ps(read + (from + h) * columns + column), _mm512_set1_ps(less[from + h]));
             const bf16* at = value + column / 32 * 32;
             for (i64 k = 0; k < keys; k += 2, at += 2 * row) {
                 if (!from) {
@@ -276,7 +291,7 @@ struct Heads {
             const i64 after = last ? next.row : row, begin = last ? next.begin : first + count;
             const bf16* rotary = c.rotary + after * c.rotary_row + begin * c.rotary_key;
             for (i64 i = 0; i < count * a.rope; i += 32) _mm_prefetch(rotary + i, _MM_HINT_T1);
-            add_rows(latent + first * c.latent_key, c.latent_key, a.rank, s.weights, count, shrink[0], s.read,
+            add_rows(latent + first * c.latent_key, c.latent_key, a.rank, s.weights, count, first == keys.begin, shrink[0], s.read,
                      c.latent + after * c.latent_row + begin * c.latent_key);
         });
     }
@@ -406,14 +421,14 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
     const i64 groups = (a.heads + LANES - 1) / LANES;  // of heads, one to a lane
     bf16 *normed, *query_a, *key_value, *query, *absorbed, *turned, *read16, *value;
     uint32_t *packed, *benches;        // (rows, groups) and (threads), see `Heads`
-    float* weighed;                    // (threads, ROWS, rank)
+    float* weighed;                    // (threads, WEIGHED, rank)
     std::vector<Sums> sums(rows * groups * pieces);
     arena.layout([&] {
         normed = arena.take<bf16>(rows * a.hidden);
         query_a = arena.take<bf16>(rows * (a.q_lora ? a.q_lora : 1));
         key_value = arena.take<bf16>(rows * (a.rank + a.rope));
         query = arena.take<bf16>(rows * a.heads * head);
-        weighed = arena.take<float>(threads * ROWS * a.rank);
+        weighed = arena.take<float>(threads * WEIGHED * a.rank);
         absorbed = arena.take<bf16>(rows * a.heads * a.rank);
         turned = arena.take<bf16>(rows * a.heads * a.rope);
         packed = arena.take<uint32_t>(rows * groups * Heads::words(a));
@@ -431,10 +446,10 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         #pragma omp barrier
         const i64 narrow_size = a.rank + a.rope;
         if (a.q_lora)
-            linear(a.q_a, a.hidden, normed, rows, Share(a.q_lora, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+            linear(a.q_a, a.hidden, normed, a.hidden, rows, Share(a.q_lora, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
                 narrow16(query_a + r * a.q_lora + o, a.q_a_bias ? _mm512_add_ps(y, wide16(a.q_a_bias + o, there)) : y, there);
             });
-        linear(a.kv_a, a.hidden, normed, rows, Share(narrow_size, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(a.kv_a, a.hidden, normed, a.hidden, rows, Share(narrow_size, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             narrow16(key_value + r * narrow_size + o, a.kv_a_bias ? _mm512_add_ps(y, wide16(a.kv_a_bias + o, there)) : y, there);
         });
         #pragma omp barrier
@@ -446,16 +461,18 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
             rotate(mine + a.rank, cos + r * a.rope / 2, sin + r * a.rope / 2, c.rotary + r * c.rotary_row + c.past * c.rotary_key, a.rope);
         }
         #pragma omp barrier
-        linear(a.q_b, a.q_lora ? a.q_lora : a.hidden, a.q_lora ? query_a : normed, rows, Share(a.heads * head, BLOCK),
+        const i64 inputs = a.q_lora ? a.q_lora : a.hidden;
+        linear(a.q_b, inputs, a.q_lora ? query_a : normed, inputs, rows, Share(a.heads * head, BLOCK),
                [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(query + r * a.heads * head + o, y, there); });
         #pragma omp barrier
         // The expansion of keys moves into the query: (rows, nope) by (nope, rank) for each head.
-        float* sum = weighed + omp_get_thread_num() * ROWS * a.rank;
+        float* sum = weighed + omp_get_thread_num() * WEIGHED * a.rank;
         for (Share s(a.heads); s.begin < s.end; s.begin++)
-            for (i64 first = 0; first < rows; first += ROWS) {
-                const i64 some = std::min<i64>(rows - first, ROWS), at = first * a.heads + s.begin;
+            for (i64 first = 0; first < rows; first += WEIGHED) {
+                const i64 some = std::min<i64>(rows - first, WEIGHED), at = first * a.heads + s.begin;
                 const uint32_t* q = (const uint32_t*)(query + at * head);  // two neighbours: a pair
-                weigh(a.kv_b + s.begin * (a.nope + a.v) * a.rank, a.rank, a.nope / 2, q, a.heads * head / 2, some, sum);
+                const bf16* w = a.kv_b + s.begin * (a.nope + a.v) * a.rank;
+                weigh(w, a.rank, a.nope / 2, q, a.heads * head / 2, some, sum, w + (a.nope + (s.begin + 1 < s.end ? a.v : 0)) * a.rank);
                 for (i64 i = 0; i < some; i++)
                     for (i64 column = 0; column < a.rank; column += 32)
                         store_columns(_mm512_loadu_ps(sum + i * a.rank + column), _mm512_loadu_ps(sum + i * a.rank + column + 16),
@@ -507,21 +524,14 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
                 }
         }
         #pragma omp barrier
-        const i64 blocks = (a.v + BLOCK - 1) / BLOCK;  // of each head
-        for (Share s(a.heads * blocks); s.begin < s.end; s.begin++) {
-            const i64 h = s.begin / blocks, d = s.begin % blocks * BLOCK;
-            const Matrix to_value = {a.kv_b + (h * (a.nope + a.v) + a.nope) * a.rank, nullptr};
-            for (i64 first = 0; first < rows; first += ROWS) {
-                const i64 some = std::min<i64>(rows - first, ROWS);
-                const bf16* from[ROWS];
-                for (i64 i = 0; i < some; i++) from[i] = read16 + ((first + i) * a.heads + h) * a.rank;
-                products(to_value, d, std::min(d + BLOCK, a.v), from, some, a.rank, 0, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
-                    narrow16(value + ((first + r) * a.heads + h) * a.v + o, y, there);
-                });
-            }
+        for (Share s(a.heads * a.v, BLOCK); s.begin < s.end;) {
+            const i64 h = s.begin / a.v, from = s.begin % a.v, to = std::min(a.v, from + s.end - s.begin);
+            linear(a.kv_b + (h * (a.nope + a.v) + a.nope) * a.rank, a.rank, read16 + h * a.rank, a.heads * a.rank, rows, {from, to},
+                   [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(value + (r * a.heads + h) * a.v + o, y, there); });
+            s.begin += to - from;
         }
         #pragma omp barrier
-        linear(a.o, a.heads * a.v, value, rows, Share(a.hidden, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(a.o, a.heads * a.v, value, a.heads * a.v, rows, Share(a.hidden, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             const i64 at = r * a.hidden + o;
             y = rounded16(a.o_bias ? _mm512_add_ps(y, wide16(a.o_bias + o, there)) : y);
             narrow16(out + at, _mm512_add_ps(wide16(x + at, there), y), there);

@@ -19,8 +19,18 @@ static inline __m512 swish(__m512 gate, __m512 up) {  // bf16(silu(gate)) * up
     return _mm512_mul_ps(rounded16(s), rounded16(up));
 }
 
-// inner[r][from … to] = silu(gate) * up of one network, for a block of outputs; where it is one of INT4 words, x and inner
-// are spread.
+// inner = silu(gate) * up of the dense network or the shared expert, for this thread's share of the outputs; gates: (rows, width).
+static void gate_up(const FeedForward& f, const bf16* x, i64 rows, float* gates, bf16* inner) {
+    const Share share(f.width, BLOCK);
+    linear(f.gate, f.hidden, x, f.hidden, rows, share, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        _mm512_mask_storeu_ps(gates + r * f.width + o, there, y);
+    });
+    linear(f.up, f.hidden, x, f.hidden, rows, share, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        const i64 at = r * f.width + o;
+        narrow16(inner + at, swish(_mm512_maskz_loadu_ps(there, gates + at), y), there);
+    });
+}
+// inner[r][from … to] = silu(gate) * up of an expert, for a block of outputs; where it is one of INT4 words, x is spread.
 static void gate_up(const Expert& e, i64 from, i64 to, const bf16* const* x, i64 rows, i64 k, i64 group, bf16* const* inner,
                     float* gate) {  // (rows, BLOCK)
     products(e.gate, from, to, x, rows, k, group, [&](i64, i64 r, __m512 y, __mmask16) { _mm512_storeu_ps(gate + r * BLOCK, y); });
@@ -45,10 +55,11 @@ extern "C" void kimi_route(const FeedForward* given, i64 rows, const bf16* x, bf
     const FeedForward& f = *given;
     #pragma omp parallel num_threads(threads)
     {
+        const Tiles tiles;
         for (Share s(rows); s.begin < s.end; s.begin++)
             rms_norm(x + s.begin * f.hidden, f.norm, normed + s.begin * f.hidden, f.hidden, f.eps);
         #pragma omp barrier
-        linear(f.router, f.hidden, normed, rows, Share(f.experts, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(f.router, f.hidden, normed, f.hidden, rows, Share(f.experts, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             _mm512_mask_storeu_ps(logits + r * f.experts + o, there, y);
         });
         #pragma omp barrier
@@ -118,22 +129,24 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
     const i64 outer_row = f.group_size ? spread_size(f.hidden) : 0, inner_row = f.group_size ? spread_size(width) : width;
     sort_pairs(chosen, table, pairs, teams, order);
     bf16 *outer, *inner, *shared;
-    float* sums;  // (rows, hidden)
+    float *sums, *gates;  // (rows, hidden), (rows, width)
     Bench benches[MAX_THREADS];
     arena.layout([&] {
         outer = arena.take<bf16>(rows * outer_row);
         inner = arena.take<bf16>(pairs * inner_row + 32);
         shared = arena.take<bf16>(rows * (f.gate ? f.width : 1) + 32);
+        gates = arena.take<float>(rows * (f.gate ? f.width : 1));
         sums = arena.take<float>(rows * f.hidden);
         Bench::layout(benches, threads, rows);
     });
     const Team* team = teams.data();
     const i64* pair = order.data();
-    const i64 count = teams.size(), blocks = (width + BLOCK - 1) / BLOCK, common_blocks = f.gate ? (f.width + BLOCK - 1) / BLOCK : 0;
-    const Expert common = {{f.gate, nullptr}, {f.up, nullptr}, {f.down, nullptr}};
+    const i64 count = teams.size(), blocks = (width + BLOCK - 1) / BLOCK;
     #pragma omp parallel num_threads(threads)
     {
+        const Tiles tiles;
         const Bench& mine = benches[omp_get_thread_num()];
+        if (f.gate) gate_up(f, normed, rows, gates, shared);
         if (f.group_size) {
             for (Share s(rows); s.begin < s.end; s.begin++) {
                 memcpy(outer + s.begin * outer_row, normed + s.begin * f.hidden, f.hidden * sizeof(bf16));
@@ -142,17 +155,15 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
             #pragma omp barrier
         }
         #pragma omp for schedule(dynamic, RUN)
-        for (i64 unit = 0; unit < count * blocks + common_blocks; unit++) {
-            const bool is_common = unit >= count * blocks;
-            const Team t = is_common ? Team{&common, 0, rows} : team[unit / blocks];
-            const i64 size = is_common ? f.width : width, from = (is_common ? unit - count * blocks : unit % blocks) * BLOCK;
+        for (i64 unit = 0; unit < count * blocks; unit++) {
+            const Team t = team[unit / blocks];
+            const i64 from = unit % blocks * BLOCK;
             for (i64 r = 0; r < t.rows; r++) {
-                const i64 row = is_common ? r : pair[t.first + r] / f.top_k;
-                mine.x[r] = is_common || !f.group_size ? normed + row * f.hidden : outer + row * outer_row;
-                mine.inner[r] = is_common ? shared + r * f.width : inner + pair[t.first + r] * inner_row;
+                const i64 row = pair[t.first + r] / f.top_k;
+                mine.x[r] = f.group_size ? outer + row * outer_row : normed + row * f.hidden;
+                mine.inner[r] = inner + pair[t.first + r] * inner_row;
             }
-            gate_up(*t.expert, from, std::min(from + BLOCK, size), mine.x, t.rows, f.hidden, is_common ? 0 : f.group_size,
-                    mine.inner, mine.gate);
+            gate_up(*t.expert, from, std::min(from + BLOCK, width), mine.x, t.rows, f.hidden, f.group_size, mine.inner, mine.gate);
         }
         if (f.group_size) {
             for (Share s(pairs); s.begin < s.end; s.begin++) complete(inner + s.begin * inner_row, width);
@@ -174,14 +185,13 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
                 _mm512_mask_storeu_ps(sum, there, y);
             });
         }
-        for (i64 r = 0; r < rows; r++) mine.x[r] = shared + r * f.width;
         const auto finish = [&](i64 o, i64 r, __m512 y, __mmask16 there) {  // y: of the shared expert
             const i64 at = r * f.hidden + o;
             __m512 sum = rounded16(_mm512_maskz_loadu_ps(there, sums + at));
             if (f.gate) sum = rounded16(_mm512_add_ps(sum, rounded16(y)));
             narrow16(out + at, x ? _mm512_add_ps(wide16(x + at, there), sum) : sum, there);
         };
-        if (f.gate) products(common.down, begin, end, mine.x, rows, f.width, 0, finish);
+        if (f.gate) linear(f.down, f.width, shared, f.width, rows, outputs, finish);
         else for (i64 o = begin; o < end; o += BLOCK) for (i64 r = 0; r < rows; r++) finish(o, r, _mm512_setzero_ps(), first16(end - o));
     }
 }
@@ -254,25 +264,21 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
 extern "C" void kimi_dense(const FeedForward* given, i64 rows, const bf16* x, bf16* out, i64 threads) {
     const FeedForward& f = *given;
     bf16 *normed, *inner;
-    Bench benches[MAX_THREADS];
+    float* gates;
     arena.layout([&] {
         normed = arena.take<bf16>(rows * f.hidden);
         inner = arena.take<bf16>(rows * f.width + 32);
-        Bench::layout(benches, threads, rows);
+        gates = arena.take<float>(rows * f.width);
     });
-    const Expert network = {{f.gate, nullptr}, {f.up, nullptr}, {f.down, nullptr}};
     #pragma omp parallel num_threads(threads)
     {
-        const Bench& mine = benches[omp_get_thread_num()];
+        const Tiles tiles;
         for (Share s(rows); s.begin < s.end; s.begin++)
             rms_norm(x + s.begin * f.hidden, f.norm, normed + s.begin * f.hidden, f.hidden, f.eps);
         #pragma omp barrier
-        for (i64 r = 0; r < rows; r++) { mine.x[r] = normed + r * f.hidden; mine.inner[r] = inner + r * f.width; }
-        for (Share s(f.width, BLOCK); s.begin < s.end; s.begin += BLOCK)
-            gate_up(network, s.begin, std::min(s.begin + BLOCK, s.end), mine.x, rows, f.hidden, 0, mine.inner,
-                    mine.gate);
+        gate_up(f, normed, rows, gates, inner);
         #pragma omp barrier
-        linear(f.down, f.width, inner, rows, Share(f.hidden, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(f.down, f.width, inner, f.width, rows, Share(f.hidden, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             const i64 at = r * f.hidden + o;
             narrow16(out + at, _mm512_add_ps(wide16(x + at, there), rounded16(y)), there);
         });
@@ -331,9 +337,12 @@ extern "C" i64 kimi_decode(const Layer* layers, i64 count, i64 from, i64 routed,
 extern "C" void kimi_linear(const bf16* w, i64 outputs, i64 inputs, i64 rows, const bf16* x, bf16* out,
                             i64 threads) {
     #pragma omp parallel num_threads(threads)
-    linear(w, inputs, x, rows, Share(outputs, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
-        narrow16(out + r * outputs + o, y, there);
-    });
+    {
+        const Tiles tiles;
+        linear(w, inputs, x, inputs, rows, Share(outputs, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+            narrow16(out + r * outputs + o, y, there);
+        });
+    }
 }
 
 // out = x . w transposed (+ bias), for many rows.

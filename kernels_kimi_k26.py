@@ -49,9 +49,10 @@ static inline __m512 exp16(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+struct Range { i64 begin, end; };
+
 // A piece of `count` things for this thread, in whole units.
-struct Share {
-    i64 begin, end;
+struct Share : Range {
     Share(i64 count, i64 unit = 1) {
         i64 threads = omp_get_num_threads(), units = (count + unit - 1) / unit, me = omp_get_thread_num();
         begin = units * me / threads * unit;
@@ -193,16 +194,18 @@ template <class F> static void products(Matrix m, i64 from, i64 to, const bf16* 
     give(before, y[turn ^ 1]);
 }
 
-// The same for bfloat16 weights, this thread's share of the outputs, and rows that follow one another.
-template <class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 rows, Share share, F sink) {
+#ifndef TILES
+// The same for bfloat16 weights, some of the outputs, and rows that are `row` values apart.
+template <class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, Range outputs, F sink) {
     for (i64 first = 0; first < rows; first += ROWS) {
         const bf16* given[ROWS];
         const i64 some = std::min<i64>(rows - first, ROWS);
-        for (i64 r = 0; r < some; r++) given[r] = x + (first + r) * k;
-        products({w, nullptr}, share.begin, share.end, given, some, k, 0,
+        for (i64 r = 0; r < some; r++) given[r] = x + (first + r) * row;
+        products({w, nullptr}, outputs.begin, outputs.end, given, some, k, 0,
                  [&](i64 o, i64 r, __m512 y, __mmask16 there) { sink(o, first + r, y, there); });
     }
 }
+#endif
 
 // Thirty-two values of INT4 words, each in the low bits of sixteen; of what stands above, a table takes no notice.
 static inline __m512i nibbles(const uint8_t* at) {
@@ -221,10 +224,12 @@ static void dequantize(const uint8_t* w, const bf16* scales, i64 k, i64 group, b
     }
 }
 
-// sum[i] = weights[i] . w for up to `ROWS` rows of weights, pairs of bfloat16 for each two rows of w, which has `width` columns,
+#ifndef TILES
+enum { WEIGHED = ROWS };
+// sum[i] = weights[i] . w for up to `WEIGHED` rows of weights, pairs of bfloat16 for each two rows of w, which has `width` columns,
 // whole lines of them. w is read as it lies, a few rows at a time, while the sums stay in the nearest cache. Two rows are
 // interleaved, so the columns of a sum come in the order that `store_columns` undoes.
-static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum) {
+static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum, const bf16*) {
     constexpr int SOME = REGISTERS > 8 ? 4 : 2;  // pairs at a time
     memset(sum, 0, rows * width * sizeof(float));
     const bf16* ahead = w + 2 * SOME * width;
@@ -253,6 +258,7 @@ static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, 
         }
     }
 }
+#endif
 static inline void store_columns(__m512 low, __m512 high, bf16* to) {  // 32 columns in order
     const __m512i a = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i b = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
