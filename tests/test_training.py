@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
-from kimi_k26 import KimiK26ForConditionalGeneration, KimiK26Processor
+from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, KimiK26Processor
 from kimi_k26.tests.tiny_models import make_model, words
 
 IGNORED = -100
@@ -311,7 +311,10 @@ def test_a_plain_loop_with_accelerate(precision, processor, model):
     assert restored is model and all(p.isfinite().all() for p in model.parameters() if p.is_floating_point())
 
 
-def test_autocast_gradients_are_near_the_exact_ones(processor, model):
+def test_autocast_gradients_are_near_the_exact_ones(processor, tiny_checkpoint):
+    config = KimiK26Config.from_pretrained(tiny_checkpoint)
+    config.text_config.num_experts_per_tok = config.text_config.n_routed_experts  # no choice hangs on a rounding
+    model = KimiK26ForConditionalGeneration.from_pretrained(tiny_checkpoint, config=config, dtype=torch.float32)
     batch = collator(processor)(DIALOGUES)
 
     def gradients(enabled):
@@ -327,7 +330,7 @@ def test_autocast_gradients_are_near_the_exact_ones(processor, model):
         for name in exact
         if exact[name].norm() > 1e-4
     }
-    assert len(alike) > 50 and min(alike.values()) > 0.9, min(alike.items(), key=lambda item: item[1])
+    assert len(alike) > 50 and min(alike.values()) > 0.999, min(alike.items(), key=lambda item: item[1])
 
 
 def test_packed_rows_learn_what_padded_ones_do(processor, model):
