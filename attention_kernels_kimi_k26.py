@@ -183,8 +183,9 @@ template <int G, class F> static void attend(const Reading& a, i64 begin, i64 en
     for (int g = 0; g < G; g++) { _mm512_storeu_ps(s.best + g * LANES, best[g]); _mm512_storeu_ps(s.total + g * LANES, total[g]); }
 }
 
-// read[h] = shrink[h] * read[h] (nothing where it is `fresh`) + the sum of weights[k][h] * value[k] for sixteen heads and some keys: values are read as they lie,
-// two keys' interleaved on the way, so columns come in the order that `store_columns` undoes. What is `ahead` comes nearer meanwhile.
+// read[h] = shrink[h] * read[h] (nothing where it is `fresh`) + the sum of weights[k][h] * value[k] for sixteen heads and some keys:
+// values are read as they lie, two keys' interleaved on the way, so columns come in the order that `store_columns` undoes. What is
+// `ahead` comes nearer meanwhile.
 #ifdef TILES
 static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, bool fresh, __m512 shrink, float* read,
                      const bf16* ahead) {

@@ -51,7 +51,7 @@ struct Tiles {};
 #endif
 """
 
-# Many rows, in place of the panels of `bfloat16_kernels_kimi_k26`.
+# Many rows, in place of the panels of `bfloat16_kernels_kimi_k26`; few rows, in place of `linear` of `kernels_kimi_k26`.
 PRODUCTS_IN_TILES = r"""
 // ---------------------------------------------------------------------------------------- few rows of bfloat16
 
