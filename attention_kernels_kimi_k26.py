@@ -438,6 +438,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         value = arena.take<bf16>(rows * a.heads * a.v);
         for (Sums& one : sums) one.layout(LANES, a.rank, Heads::KEYS);
     });
+    std::atomic<i64> dealt[4] = {};  // of each projection
     #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
@@ -447,10 +448,10 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         #pragma omp barrier
         const i64 narrow_size = a.rank + a.rope;
         if (a.q_lora)
-            linear(a.q_a, a.hidden, normed, a.hidden, rows, Share(a.q_lora, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+            linear(a.q_a, a.hidden, normed, a.hidden, rows, Dealt{dealt[0], a.q_lora}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
                 narrow16(query_a + r * a.q_lora + o, a.q_a_bias ? _mm512_add_ps(y, wide16(a.q_a_bias + o, there)) : y, there);
             });
-        linear(a.kv_a, a.hidden, normed, a.hidden, rows, Share(narrow_size, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(a.kv_a, a.hidden, normed, a.hidden, rows, Dealt{dealt[1], narrow_size}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             narrow16(key_value + r * narrow_size + o, a.kv_a_bias ? _mm512_add_ps(y, wide16(a.kv_a_bias + o, there)) : y, there);
         });
         #pragma omp barrier
@@ -463,7 +464,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         }
         #pragma omp barrier
         const i64 inputs = a.q_lora ? a.q_lora : a.hidden;
-        linear(a.q_b, inputs, a.q_lora ? query_a : normed, inputs, rows, Share(a.heads * head, BLOCK),
+        linear(a.q_b, inputs, a.q_lora ? query_a : normed, inputs, rows, Dealt{dealt[2], a.heads * head},
                [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(query + r * a.heads * head + o, y, there); });
         #pragma omp barrier
         // The expansion of keys moves into the query: (rows, nope) by (nope, rank) for each head.
@@ -527,12 +528,12 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         #pragma omp barrier
         for (Share s(a.heads * a.v, BLOCK); s.begin < s.end;) {
             const i64 h = s.begin / a.v, from = s.begin % a.v, to = std::min(a.v, from + s.end - s.begin);
-            linear(a.kv_b + (h * (a.nope + a.v) + a.nope) * a.rank, a.rank, read16 + h * a.rank, a.heads * a.rank, rows, {from, to},
+            linear(a.kv_b + (h * (a.nope + a.v) + a.nope) * a.rank, a.rank, read16 + h * a.rank, a.heads * a.rank, rows, Range{from, to},
                    [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(value + (r * a.heads + h) * a.v + o, y, there); });
             s.begin += to - from;
         }
         #pragma omp barrier
-        linear(a.o, a.heads * a.v, value, a.heads * a.v, rows, Share(a.hidden, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(a.o, a.heads * a.v, value, a.heads * a.v, rows, Dealt{dealt[3], a.hidden}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             const i64 at = r * a.hidden + o;
             y = rounded16(a.o_bias ? _mm512_add_ps(y, wide16(a.o_bias + o, there)) : y);
             narrow16(out + at, _mm512_add_ps(wide16(x + at, there), y), there);

@@ -270,6 +270,7 @@ extern "C" void kimi_dense(const FeedForward* given, i64 rows, const bf16* x, bf
         inner = arena.take<bf16>(rows * f.width + 32);
         gates = arena.take<float>(rows * f.width);
     });
+    std::atomic<i64> dealt{0};
     #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
@@ -278,7 +279,7 @@ extern "C" void kimi_dense(const FeedForward* given, i64 rows, const bf16* x, bf
         #pragma omp barrier
         gate_up(f, normed, rows, gates, inner);
         #pragma omp barrier
-        linear(f.down, f.width, inner, f.width, rows, Share(f.hidden, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(f.down, f.width, inner, f.width, rows, Dealt{dealt, f.hidden}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             const i64 at = r * f.hidden + o;
             narrow16(out + at, _mm512_add_ps(wide16(x + at, there), rounded16(y)), there);
         });
@@ -336,10 +337,11 @@ extern "C" i64 kimi_decode(const Layer* layers, i64 count, i64 from, i64 routed,
 // out = x . w transposed, for the output layer.
 extern "C" void kimi_linear(const bf16* w, i64 outputs, i64 inputs, i64 rows, const bf16* x, bf16* out,
                             i64 threads) {
+    std::atomic<i64> dealt{0};
     #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
-        linear(w, inputs, x, inputs, rows, Share(outputs, BLOCK), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(w, inputs, x, inputs, rows, Dealt{dealt, outputs}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             narrow16(out + r * outputs + o, y, there);
         });
     }

@@ -8,6 +8,7 @@ INCLUDES = r"""
 #include <immintrin.h>
 #include <omp.h>
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -49,7 +50,13 @@ static inline __m512 exp16(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-struct Range { i64 begin, end; };
+struct Range {
+    i64 begin, end;
+    Range take() {  // sixteen of them at most
+        const i64 from = begin;
+        return {from, begin = std::min(begin + 16, end)};
+    }
+};
 
 // A piece of `count` things for this thread, in whole units.
 struct Share : Range {
@@ -61,6 +68,20 @@ struct Share : Range {
         if (begin > end) begin = end;
     }
 };
+
+#ifdef TILES
+// The same, but to whichever thread asks first: one of them may be slower, as others use its core.
+struct Dealt {
+    std::atomic<i64>& dealt;  // how many are: of all threads, zero at first
+    i64 count;
+    Range take() {
+        const i64 begin = std::min<i64>(dealt.fetch_add(16), count);
+        return {begin, std::min<i64>(begin + 16, count)};
+    }
+};
+#else
+struct Dealt : Share { Dealt(std::atomic<i64>&, i64 count) : Share(count, 16) {} };  // of what follows each thread asks for more
+#endif
 
 // Memory that stays between calls, cut into pieces.
 struct Arena {

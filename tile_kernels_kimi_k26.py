@@ -62,7 +62,8 @@ static thread_local std::vector<uint32_t> paired_rows;  // of x, see `linear`
 // `sink(o, r, y, there)` gets y = w[o …] . x[r] of a block of outputs at a time, of which those exist that are `there`; rows of x are `row`
 // values apart. Sixteen outputs are a tile as they lie, 32 inputs of them; of up to sixteen rows of x the other one has pairs,
 // those of a place together: its lines overlap where there are fewer rows, and what they have too much is not looked at.
-template <class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, Range outputs, F sink) {
+// `outputs` gives them out, and is asked for the next ones early, which are then asked for from memory.
+template <class Outputs, class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, Outputs outputs, F sink) {
     const i64 steps = (k + 31) / 32, most = steps * 16 * LANES;
     paired_rows.resize((rows + LANES - 1) / LANES * most + LANES);
     for (i64 first = 0; first < rows; first += LANES) {
@@ -73,38 +74,35 @@ template <class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 r
         pack(given, some, k / 2, to, some);
         memset(to + k / 2 * some, 0, (steps * 16 - k / 2) * some * sizeof *to);
     }
-    alignas(64) bf16 copies[2][16][32];
-    const auto weights = [&](i64 o, i64 s, bf16 (*copy)[32]) {
-        if (o + 16 <= outputs.end && s * 32 + 32 <= k) return Rows{w + o * k + s * 32, k * (i64)sizeof(bf16)};
-        for (i64 i = 0; i < 16; i++)
-            _mm512_storeu_si512(copy[i], (__m512i)load32(w + std::min(o + i, outputs.end - 1) * k + s * 32, first32(k - s * 32)));
-        return Rows{copy[0], 64};
+    const auto ask_for = [&](const bf16*& at, const bf16* end) {
+        for (i64 lines = 16; lines && at < end; lines--, at += 32) _mm_prefetch(at, _MM_HINT_T1);
     };
-    const bf16 *ahead = w + outputs.begin * k, *end = w + outputs.end * k;
-    const auto ask_for = [&](i64 lines) { for (; lines && ahead < end; lines--, ahead += 32) _mm_prefetch(ahead, _MM_HINT_T1); };
-    ask_for(steps * 32);
-    for (i64 o = outputs.begin; o < outputs.end; o += 32) {
-        const bool two = outputs.end - o > 16;
+    Range some = outputs.take(), next;
+    for (const bf16 *at = w + some.begin * k, *end = w + some.end * k; at < end;) ask_for(at, end);
+    for (; some.begin < some.end; some = next) {
+        next = outputs.take();
+        const bf16 *ahead = w + next.begin * k, *end = w + next.end * k;
         for (i64 first = 0; first < rows; first += LANES) {
-            const i64 some = std::min<i64>(rows - first, LANES);
+            const i64 there = std::min<i64>(rows - first, LANES);
             const uint32_t* given = paired_rows.data() + first / LANES * most;
-            clear_tile(0); clear_tile(1);
-            for (i64 s = 0; s < steps; s++, given += 16 * some) {
-                if (!first) ask_for(32);  // the outputs that follow, in the order that memory has them
-                load_tile(4, given, some * 4);
-                const Rows one = weights(o, s, copies[0]);
-                load_tile(2, one.at, one.bytes); multiply_tiles(0, 2, 4);
-                if (!two) continue;
-                const Rows other = weights(o + 16, s, copies[1]);
-                load_tile(3, other.at, other.bytes); multiply_tiles(1, 3, 4);
+            clear_tile(0);
+            for (i64 s = 0; s < steps; s++, given += 16 * there) {
+                ask_for(ahead, end);
+                load_tile(1, given, there * 4);
+                if (some.begin + 16 <= some.end && s * 32 + 32 <= k) load_tile(2, w + some.begin * k + s * 32, k * sizeof(bf16));
+                else {
+                    alignas(64) bf16 copy[16][32];
+                    for (i64 i = 0; i < 16; i++)
+                        _mm512_storeu_si512(copy[i], (__m512i)load32(w + std::min(some.begin + i, some.end - 1) * k + s * 32, first32(k - s * 32)));
+                    load_tile(2, copy, 64);
+                }
+                multiply_tiles(0, 2, 1);
             }
-            alignas(64) __m512 column[2][LANES];
-            store_tile(0, column[0], 64); store_tile(1, column[1], 64);
-            for (i64 half = 0; half <= two; half++) {
-                __m512 y[LANES];
-                rows_of(column[half], 1, y);
-                for (i64 r = 0; r < some; r++) sink(o + half * 16, first + r, y[r], first16(outputs.end - o - half * 16));
-            }
+            alignas(64) __m512 column[LANES];
+            __m512 y[LANES];
+            store_tile(0, column, 64);
+            rows_of(column, 1, y);
+            for (i64 r = 0; r < there; r++) sink(some.begin, first + r, y[r], first16(some.end - some.begin));
         }
     }
 }
