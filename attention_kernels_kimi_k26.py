@@ -53,6 +53,8 @@ enum { TOGETHER = 32 };  // keys whose values are added at once
 static inline i64 padded(i64 size) { return (size + 31) / 32 * 32; }  // of a part of a query, as tiles read it
 static i64 copied(i64 rank, i64 rope) { return 64 * (padded(rank) + padded(rope)); }  // of `Reading::copies`
 
+struct Rows { const bf16* at; i64 bytes; };  // the first, and how far apart they are
+
 // Sixteen rows of keys from `k` on for a tile. Those that end within a tile are copied, with zeros behind them, and so are fewer than
 // sixteen, of which the last stands for those that are missing.
 static Rows key_rows(const Part& p, i64 k, i64 there, bf16* copies) {

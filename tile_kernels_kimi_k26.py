@@ -55,8 +55,6 @@ struct Tiles {};
 PRODUCTS_IN_TILES = r"""
 // ---------------------------------------------------------------------------------------- few rows of bfloat16
 
-// Sixteen rows of a matrix for a tile: the address of the first, and how far apart they are.
-struct Rows { const bf16* at; i64 bytes; };
 static thread_local std::vector<uint32_t> paired_rows;  // of x, see `linear`
 
 // `sink(o, r, y, there)` gets y = w[o …] . x[r] of a block of outputs at a time, of which those exist that are `there`; rows of x are `row`
