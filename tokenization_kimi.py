@@ -152,6 +152,13 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     def _special_ids(self) -> set[int]:
         return {i for i, token in self._added_tokens_decoder.items() if token.special} | set(self.all_special_ids)
 
+    def _without_special(self, ids: list[int]) -> list[int]:
+        skipped = self._special_ids()
+        # Special ids are the last ones: to find the largest id takes half the time of looking each up.
+        if not ids or max(ids) < min(skipped, default=0):
+            return ids
+        return [index for index in ids if index not in skipped]
+
     def convert_ids_to_tokens(self, ids, skip_special_tokens: bool = False) -> str | list[str]:
         """Ids → tokens as strings, one printable character per byte (special and added tokens as they are written)."""
         ids = _as_python(ids)
@@ -434,11 +441,9 @@ class TikTokenTokenizer(PreTrainedTokenizer):
 
     def _decode(self, token_ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces=None, **kwargs) -> str:
         ids = token_ids if isinstance(token_ids, list) else [token_ids]
-        if skip_special_tokens:
-            skipped = self._special_ids()
-            if not skipped.isdisjoint(ids):
-                ids = [index for index in ids if index not in skipped]
         try:
+            if skip_special_tokens:
+                ids = self._without_special(ids)
             if self._late_tokens and any(index in self._late_tokens for index in ids):
                 data = self._bytes_with_late_tokens(ids)
             else:
