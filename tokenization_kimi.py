@@ -154,10 +154,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
 
     def _without_special(self, ids: list[int]) -> list[int]:
         skipped = self._special_ids()
-        # Special ids are the last ones: to find the largest id takes half the time of looking each up.
-        if not ids or max(ids) < min(skipped, default=0):
-            return ids
-        return [index for index in ids if index not in skipped]
+        first = min(skipped, default=0)  # special ids are the last ones, and comparing is faster than looking up
+        return [index for index in ids if index < first or index not in skipped]
 
     def convert_ids_to_tokens(self, ids, skip_special_tokens: bool = False) -> str | list[str]:
         """Ids → tokens as strings, one printable character per byte (special and added tokens as they are written)."""
