@@ -46,7 +46,8 @@ struct Reading {
     bf16* copies;           // null, or memory of this thread for rows of keys that cannot be read as they lie
 };
 
-// `score` writes what `keys` keys from `block` on and all queries have together, (keys, queries), before they are scaled.
+// `score` writes what `keys` keys from `block` on and all queries have together, (keys, queries), before they are scaled. What will be
+// read next is asked for meanwhile, in `attend` from its beginning to its end: memory is never idle.
 #ifdef TILES
 
 enum { TOGETHER = 32 };  // keys whose values are added at once
@@ -68,7 +69,7 @@ static Rows key_rows(const Part& p, i64 k, i64 there, bf16* copies) {
         }
     return {copies, row * (i64)sizeof(bf16)};
 }
-template <int G> static void score(const Reading& a, i64 block, i64 keys, float* scores) {
+template <int G> static void score(const Reading& a, i64 block, i64 keys, float* scores, Ahead& ahead) {
     constexpr int N = 4 / G;  // tiles of keys at a time
     for (i64 k = 0; k < keys; k += N * LANES) {
         const i64 tiles = std::min<i64>(N, (keys - k + LANES - 1) / LANES);
@@ -88,6 +89,7 @@ template <int G> static void score(const Reading& a, i64 block, i64 keys, float*
             }
             for (i64 c = 0; c < p.size; c += 32) {
                 const uint32_t* query = p.query + c / 2 * G * LANES;
+                ahead.ask(20);
                 if constexpr (G == 1) {
                     load_tile(7, query, 64);
                     load_tile(4, rows[0].at + c, rows[0].bytes); multiply_tiles(0, 4, 7);
@@ -118,7 +120,7 @@ template <int G> static void score(const Reading& a, i64 block, i64 keys, float*
 enum { TOGETHER = 2 };
 static inline i64 padded(i64 size) { return size; }
 static i64 copied(i64, i64) { return 0; }
-template <int G> static void score(const Reading& a, i64 block, i64 keys, float* scores) {
+template <int G> static void score(const Reading& a, i64 block, i64 keys, float* scores, Ahead&) {
     constexpr int N = REGISTERS / 2 / G;
     i64 k = 0;
     const auto some = [&](auto count) {
@@ -135,8 +137,9 @@ template <int G> static void score(const Reading& a, i64 block, i64 keys, float*
 #endif
 
 // The sums of `G` groups of queries over the keys from `begin` to `end`, `some` at a time: what is read of them stays in the
-// nearer caches. `add(first, keys, shrink)` adds the values of the keys from `first` on, weighted, to sums that shrink before.
-template <int G, class F> static void attend(const Reading& a, i64 begin, i64 end, i64 some, const Sums& s, F add) {
+// nearer caches. `add(first, keys, shrink, ahead)` adds the values of the keys from `first` on, weighted, to sums that shrink before;
+// `after(k)` says what will be read once all before key `k` has been.
+template <int G, class F, class A> static void attend(const Reading& a, i64 begin, i64 end, i64 some, const Sums& s, F add, A after) {
     const __m512 never = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a.scale);
     __m512 best[G], total[G];
     __m512i limit[G];
@@ -152,7 +155,8 @@ template <int G, class F> static void attend(const Reading& a, i64 begin, i64 en
     for (i64 block = begin; block < end; block += some) {
         const i64 keys = std::min(end - block, some), whole = (keys + TOGETHER - 1) / TOGETHER * TOGETHER;
         const auto hide = [&](i64 k) { for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + (k * G + g) * LANES, never); };
-        score<G>(a, block, keys, s.scores);
+        Ahead ahead = after(block + keys);
+        score<G>(a, block, keys, s.scores, ahead);
         i64 k;
         if (a.mask) for (k = 0; k < keys; k++) if (!a.mask[block + k]) hide(k);
         for (k = std::max<i64>(0, unlimited - block); k < keys; k++)
@@ -174,78 +178,102 @@ template <int G, class F> static void attend(const Reading& a, i64 begin, i64 en
             __m512 sum = _mm512_mul_ps(total[g], shrink[g]);
             const auto weight = [&](i64 k) { return exp16(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(score + k * G * LANES), scale), from)); };
             for (k = 0; k < whole; k += 2) {
+                ahead.ask(4);
                 const __m512 one = weight(k), two = weight(k + 1);
                 sum = _mm512_add_ps(sum, _mm512_add_ps(one, two));
                 _mm512_storeu_si512(s.weights + (k / 2 * G + g) * LANES, paired(one, two));
             }
             total[g] = sum;
         }
-        add(block, keys, shrink);
+        add(block, keys, shrink, ahead);
     }
     for (int g = 0; g < G; g++) { _mm512_storeu_ps(s.best + g * LANES, best[g]); _mm512_storeu_ps(s.total + g * LANES, total[g]); }
 }
 
 // read[h] = shrink[h] * read[h] (nothing where it is `fresh`) + the sum of weights[k][h] * value[k] for sixteen heads and some keys:
-// values are read as they lie, two keys' interleaved on the way, so columns come in the order that `store_columns` undoes. What is
-// `ahead` comes nearer meanwhile.
+// values are read as they lie, so columns come in the order that `store_columns` undoes.
 #ifdef TILES
-static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, bool fresh, __m512 shrink, float* read,
-                     const bf16* ahead) {
-    enum { STEPS = 4 };  // of 32 keys
+
+// The same for up to sixteen rows of weights, `weight_row` values apart, and `MOST_ADDED` keys. A line of a tile is 32 columns of a key as
+// they lie, which count as pairs: weights with zeros behind them meet the even columns, with zeros before them the odd ones. So
+// half of the products are in vain, but no value is moved, and memory takes longer.
+enum { MOST_ADDED = 128 };
+static void add_rows(const bf16* value, i64 row, i64 columns, const bf16* weights, i64 weight_row, i64 rows, i64 keys, bool fresh, __m512 shrink,
+                     float* read, Ahead& ahead) {
+    alignas(64) uint32_t even[MOST_ADDED / 16][LANES][LANES], odd[MOST_ADDED / 16][LANES][LANES];
+    alignas(64) bf16 last[LANES][64];  // keys that do not fill a tile: what is not there has a weight of zero
     alignas(64) float less[LANES];
-    alignas(64) uint32_t lines[STEPS][2][16][LANES];  // of 32 columns the lower halves of sixteens, and the upper ones
     _mm512_store_ps(less, shrink);
-    const i64 steps = (keys + 31) / 32;
-    for (i64 s = 0; s < steps; s++) {
-        __m512i turned[LANES];
-        for (int p = 0; p < LANES; p++) turned[p] = _mm512_loadu_si512(weights + (s * 16 + p) * LANES);
-        transpose16(turned);
-        for (int h = 0; h < LANES; h++) _mm512_storeu_si512(lines[s][0][h], turned[h]);
-    }
-    load_tile(4, lines[0][0], 64);
-    if (steps > 1) load_tile(5, lines[1][0], 64);
-    if (steps > 2) load_tile(6, lines[2][0], 64);
-    if (steps > 3) load_tile(7, lines[3][0], 64);
-    for (i64 column = 0; column < columns; column += 32) {
-        for (int h = 0; h < (fresh ? 0 : LANES); h++)
-            for (float* to : {read + h * columns + column, read + h * columns + column + LANES})
-                _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(less[h])));
-        for (i64 p = 0; p < steps * 16; p++, ahead += 64) {  // two lines with each pair
-            _mm_prefetch(ahead, _MM_HINT_T1);
-            _mm_prefetch(ahead + 32, _MM_HINT_T1);
-            const bf16* at = value + std::min(2 * p, keys - 1) * row + column;  // what is not there has a weight of zero
-            const __m512i one = (__m512i)load32(at), two = (__m512i)load32(2 * p + 1 < keys ? at + row : at);
-            _mm512_storeu_si512(lines[p / 16][0][p % 16], _mm512_unpacklo_epi16(one, two));
-            _mm512_storeu_si512(lines[p / 16][1][p % 16], _mm512_unpackhi_epi16(one, two));
+    const bool shrinks = _mm512_cmp_ps_mask(shrink, _mm512_set1_ps(1), _CMP_NEQ_UQ);
+    const i64 tiles = (keys + 15) / 16;
+    for (i64 t = 0; t < tiles; t++)
+        for (i64 i = 0; i < LANES; i++) {
+            const __mmask16 there = i < rows ? first16(keys - t * 16) : 0;
+            const __m512i some = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, weights + i * weight_row + t * 16));
+            _mm512_store_si512(even[t][i], some);
+            _mm512_store_si512(odd[t][i], _mm512_slli_epi32(some, 16));
         }
-        if (fresh) { clear_tile(0); clear_tile(1); }
-        else { load_tile(0, read + column, columns * 4); load_tile(1, read + column + LANES, columns * 4); }
-        load_tile(2, lines[0][0], 64); load_tile(3, lines[0][1], 64);
-        multiply_tiles(0, 4, 2); multiply_tiles(1, 4, 3);
-        if (steps > 1) { load_tile(2, lines[1][0], 64); load_tile(3, lines[1][1], 64); multiply_tiles(0, 5, 2); multiply_tiles(1, 5, 3); }
-        if (steps > 2) { load_tile(2, lines[2][0], 64); load_tile(3, lines[2][1], 64); multiply_tiles(0, 6, 2); multiply_tiles(1, 6, 3); }
-        if (steps > 3) { load_tile(2, lines[3][0], 64); load_tile(3, lines[3][1], 64); multiply_tiles(0, 7, 2); multiply_tiles(1, 7, 3); }
-        store_tile(0, read + column, columns * 4);
-        store_tile(1, read + column + LANES, columns * 4);
+    for (i64 column = 0; column < columns; column += 64) {
+        const bool two = column + 32 < columns;  // times 32 columns
+        float* to = read + column;
+        if (!fresh && shrinks)
+            for (i64 i = 0; i < LANES; i++)
+                for (i64 c = 0; c < (two ? 64 : 32); c += LANES)
+                    _mm512_storeu_ps(to + i * columns + c, _mm512_mul_ps(_mm512_loadu_ps(to + i * columns + c), _mm512_set1_ps(less[i])));
+        if (fresh) { clear_tile(0); clear_tile(1); clear_tile(2); clear_tile(3); }
+        else {
+            load_tile(0, to, columns * 4); load_tile(1, to + LANES, columns * 4);
+            if (two) { load_tile(2, to + 2 * LANES, columns * 4); load_tile(3, to + 3 * LANES, columns * 4); }
+        }
+        for (i64 t = 0; t < tiles; t++) {
+            const bf16* at = value + t * 16 * row + column;
+            i64 apart = row;
+            ahead.ask(32);
+            if (t * 16 + 16 > keys) {
+                for (i64 i = 0; i < LANES; i++)
+                    for (i64 c = 0; c < (two ? 64 : 32); c += 32)
+                        _mm512_store_si512(last[i] + c, (__m512i)load32(at + std::min(i, keys - 1 - t * 16) * row + c));
+                at = last[0];
+                apart = 64;
+            }
+            load_tile(6, even[t], 64);
+            load_tile(7, odd[t], 64);
+            load_tile(4, at, apart * sizeof(bf16));
+            multiply_tiles(0, 6, 4);
+            multiply_tiles(1, 7, 4);
+            if (!two) continue;
+            load_tile(5, at + 32, apart * sizeof(bf16));
+            multiply_tiles(2, 6, 5);
+            multiply_tiles(3, 7, 5);
+        }
+        store_tile(0, to, columns * 4); store_tile(1, to + LANES, columns * 4);
+        if (two) { store_tile(2, to + 2 * LANES, columns * 4); store_tile(3, to + 3 * LANES, columns * 4); }
     }
+}
+static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, bool fresh, __m512 shrink, float* read, Ahead& ahead) {
+    alignas(64) bf16 lines[LANES][MOST_ADDED];  // a head's weights after one another
+    for (i64 k = 0; k < keys; k += 32) {
+        __m512i turned[LANES];
+        for (int p = 0; p < LANES; p++) turned[p] = _mm512_loadu_si512(weights + (k / 2 + p) * LANES);
+        transpose16(turned);
+        for (int h = 0; h < LANES; h++) _mm512_store_si512(lines[h] + k, turned[h]);
+    }
+    add_rows(value, row, columns, lines[0], MOST_ADDED, LANES, keys, fresh, shrink, read, ahead);
 }
 
 enum { WEIGHED = 16 };
 // The other `weigh` by tiles; `next` is what will be asked for next.
-static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum, const bf16* next) {
-    enum { PAIRS = 64 };  // at a time
-    for (bool fresh = true; pairs > 0; fresh = false, pairs -= PAIRS, w += 2 * PAIRS * width, weights += PAIRS) {
-        const bf16* given[LANES];
-        alignas(64) uint32_t packed[PAIRS * LANES] = {};
-        for (i64 i = 0; i < rows; i++) given[i] = (const bf16*)(weights + i * weight_stride);
-        pack(given, rows, std::min<i64>(pairs, PAIRS), packed, LANES);
-        const i64 some = 2 * std::min<i64>(pairs, PAIRS);
-        add_rows(w, width, width, packed, some, fresh, _mm512_set1_ps(1), sum, pairs > PAIRS ? w + some * width : next);
+static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum, Ahead next) {
+    for (i64 k = 0; k < 2 * pairs; k += MOST_ADDED) {
+        const bf16 *at = w + k * width, *after = at + MOST_ADDED * width, *end = w + 2 * pairs * width;
+        Ahead more = {after, std::min(after + MOST_ADDED * width, end)};
+        add_rows(at, width, width, (const bf16*)weights + k, 2 * weight_stride, rows, std::min<i64>(2 * pairs - k, MOST_ADDED), k == 0, _mm512_set1_ps(1), sum,
+                 after < end ? more : next);
     }
 }
 #else
 static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, bool fresh, __m512 shrink, float* read,
-                     const bf16* ahead) {
+                     Ahead& ahead) {
     constexpr int HEADS = REGISTERS / 2;  // at a time
     alignas(64) float less[LANES];
     _mm512_store_ps(less, shrink);
@@ -256,10 +284,7 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
                 sum[h] = fresh ? _mm512_setzero_ps() : _mm512_mul_ps(_mm512_loadu_ps(read + (from + h) * columns + column), _mm512_set1_ps(less[from + h]));
             const bf16* at = value + column / 32 * 32;
             for (i64 k = 0; k < keys; k += 2, at += 2 * row) {
-                if (!from) {
-                    _mm_prefetch(ahead, _MM_HINT_T1);
-                    ahead += 32;
-                }
+                if (!from) ahead.ask(1);
                 const __m512i one = (__m512i)load32(at), two = (__m512i)load32(k + 1 < keys ? at + row : at);  // or its weight is zero
                 const __m512bh both = (__m512bh)(column % 32 ? _mm512_unpackhi_epi16(one, two) : _mm512_unpacklo_epi16(one, two));
                 for (int h = 0; h < HEADS; h++)
@@ -271,7 +296,7 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
 #endif
 
 struct Heads {
-    enum { KEYS = 128 };  // at a time, at most
+    enum { KEYS = 128, PIECE = 256 };  // at a time, at most; at the least for a thread, where more than one can have them
     static i64 words(const Attention& a) { return LANES * (padded(a.rank) + padded(a.rope)) / 2; }  // of their queries
     static i64 bench(const Attention& a) { return copied(a.rank, a.rope) / 2; }  // words that a thread needs besides
     static void pack(const Attention& a, const bf16* const* still, const bf16* const* turning, i64 some, uint32_t* to, uint32_t*) {
@@ -281,7 +306,12 @@ struct Heads {
             to += LANES * padded(size) / 2;
         }
     }
-    static void read(const Attention& a, const Latents& c, const Keys& keys, const Keys& next, const uint32_t* queries, const Sums& s, uint32_t* memory) {
+    static Ahead ahead_of(const Attention&, const Latents& c, const Keys& k) {  // the first block of them
+        const bf16 *latent = c.latent + k.row * c.latent_row, *rotary = c.rotary + k.row * c.rotary_row;
+        const i64 end = std::min<i64>(k.end, k.begin + KEYS);
+        return {latent + k.begin * c.latent_key, latent + end * c.latent_key, rotary + k.begin * c.rotary_key, rotary + end * c.rotary_key};
+    }
+    static void read(const Attention& a, const Latents& c, const Keys& keys, Ahead next, const uint32_t* queries, const Sums& s, uint32_t* memory) {
         const i64 row = keys.row;
         const bf16* latent = c.latent + row * c.latent_row;
         const Reading reading = {{{queries, latent, c.latent_key, a.rank},
@@ -289,14 +319,11 @@ struct Heads {
                                  nullptr, c.mask ? c.mask + row * c.mask_row : nullptr, a.scale, (bf16*)memory};
         const i64 all = keys.end - keys.begin, unit = std::max<i64>((all + KEYS - 1) / KEYS, 1) * TOGETHER;
         const i64 some = (all + unit - 1) / unit * TOGETHER;  // blocks of about as many keys each
-        attend<1>(reading, keys.begin, keys.end, some, s, [&](i64 first, i64 count, const __m512 (&shrink)[1]) {
-            const bool last = first + count == keys.end;
-            const i64 after = last ? next.row : row, begin = last ? next.begin : first + count;
-            const bf16* rotary = c.rotary + after * c.rotary_row + begin * c.rotary_key;
-            for (i64 i = 0; i < count * a.rope; i += 32) _mm_prefetch(rotary + i, _MM_HINT_T1);
-            add_rows(latent + first * c.latent_key, c.latent_key, a.rank, s.weights, count, first == keys.begin, shrink[0], s.read,
-                     c.latent + after * c.latent_row + begin * c.latent_key);
-        });
+        attend<1>(reading, keys.begin, keys.end, some, s,
+                  [&](i64 first, i64 count, const __m512 (&shrink)[1], Ahead& ahead) {
+                      add_rows(latent + first * c.latent_key, c.latent_key, a.rank, s.weights, count, first == keys.begin, shrink[0], s.read, ahead);
+                  },
+                  [&](i64 k) { return k < keys.end ? ahead_of(a, c, {row, k, std::min(keys.end, k + some)}) : next; });
     }
     static const float* columns(const Sums& s, const Attention& a, i64 i, i64 column) { return s.read + i * a.rank + column; }
     static void store32(__m512 low, __m512 high, bf16* to) { store_columns(low, high, to); }
@@ -306,7 +333,7 @@ struct Heads {
 // Keys become integers as they are read: those of a latent have one scale, as they are values too, whose scales are taken into the
 // weights. Both products are those of rows with panels: keys meet the queries, and the heads' weights meet the latents, 32 columns at a time.
 struct Heads {
-    enum { KEYS = 96, MOST_KEY = 8191 };
+    enum { KEYS = 96, PIECE = 256, MOST_KEY = 8191 };
     static i64 size(const Attention& a) { return a.rank + (a.rope + STRETCH - 1) / STRETCH * STRETCH; }
     static i64 words(const Attention& a) { return size(a) / 2 * PANEL + size(a) / STRETCH * PANEL; }
     struct Bench {
@@ -373,7 +400,7 @@ struct Heads {
             ((float*)to)[KEYS / 2 + n] = one[h];
         }
     }
-    static void read(const Attention& a, const Latents& c, const Keys& keys, const Keys&, const uint32_t* queries, const Sums& s, uint32_t* memory) {
+    static void read(const Attention& a, const Latents& c, const Keys& keys, Ahead, const uint32_t* queries, const Sums& s, uint32_t* memory) {
         const auto [row, begin, end] = keys;
         const Bench b(a, memory);
         const i64 all = size(a), key_row = paired_size(all), weight_row = paired_size(KEYS);
@@ -407,6 +434,7 @@ struct Heads {
                      s.read + column * LANES, false);
         }
     }
+    static Ahead ahead_of(const Attention&, const Latents&, const Keys&) { return {}; }
     static const float* columns(const Sums& s, const Attention&, i64 i, i64 column) { return s.read + (column * LANES + i * PANEL); }
     static void store32(__m512 low, __m512 high, bf16* to) { _mm512_storeu_si512(to, {narrow16(low), narrow16(high)}); }
 };
@@ -418,13 +446,13 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
     const Attention& a = *given;
     const Latents& c = *cache;
     const i64 head = a.nope + a.rope, keys = c.past + 1;
-    // Each row's keys are cut into as many pieces as there are threads, however many rows there are: a row's sums are
-    // then the same to the last bit in any company.
-    const i64 pieces = threads;
+    // Each row's keys are cut into as many pieces, however many rows there are: a row's sums are then the same to the last bit in
+    // any company. More pieces than threads, as one of these may be slower; but not too small.
+    const i64 pieces = std::clamp(keys / Heads::PIECE, threads, 4 * threads);
     const i64 groups = (a.heads + LANES - 1) / LANES;  // of heads, one to a lane
     bf16 *normed, *query_a, *key_value, *query, *absorbed, *turned, *read16, *value;
     uint32_t *packed, *benches;        // (rows, groups) and (threads), see `Heads`
-    float* weighed;                    // (threads, WEIGHED, rank)
+    float *weighed, *counts;           // (threads, WEIGHED, rank), (threads, pieces, LANES)
     std::vector<Sums> sums(rows * groups * pieces);
     arena.layout([&] {
         normed = arena.take<bf16>(rows * a.hidden);
@@ -432,6 +460,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         key_value = arena.take<bf16>(rows * (a.rank + a.rope));
         query = arena.take<bf16>(rows * a.heads * head);
         weighed = arena.take<float>(threads * WEIGHED * a.rank);
+        counts = arena.take<float>(threads * pieces * LANES);
         absorbed = arena.take<bf16>(rows * a.heads * a.rank);
         turned = arena.take<bf16>(rows * a.heads * a.rope);
         packed = arena.take<uint32_t>(rows * groups * Heads::words(a));
@@ -440,7 +469,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         value = arena.take<bf16>(rows * a.heads * a.v);
         for (Sums& one : sums) one.layout(LANES, a.rank, Heads::KEYS);
     });
-    std::atomic<i64> dealt[4] = {};  // of each projection
+    std::atomic<i64> dealt[7] = {};
     #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
@@ -448,14 +477,16 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         for (Share s(rows); s.begin < s.end; s.begin++)
             rms_norm(x + s.begin * a.hidden, a.norm, normed + s.begin * a.hidden, a.hidden, a.eps);
         #pragma omp barrier
-        const i64 narrow_size = a.rank + a.rope;
+        const i64 narrow_size = a.rank + a.rope, inputs = a.q_lora ? a.q_lora : a.hidden, me = omp_get_thread_num();
+        // What each phase reads first is asked for at the end of the one before. A thread will most likely get its number of the shares.
+        const Range block = {me * BLOCK, (me + 1) * BLOCK};
         if (a.q_lora)
-            linear(a.q_a, a.hidden, normed, a.hidden, rows, Dealt{dealt[0], a.q_lora}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+            linear(a.q_a, a.hidden, normed, a.hidden, rows, Outputs{dealt[0], a.q_lora}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
                 narrow16(query_a + r * a.q_lora + o, a.q_a_bias ? _mm512_add_ps(y, wide16(a.q_a_bias + o, there)) : y, there);
-            });
-        linear(a.kv_a, a.hidden, normed, a.hidden, rows, Dealt{dealt[1], narrow_size}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+            }, rows_of(a.kv_a, a.hidden, block));
+        linear(a.kv_a, a.hidden, normed, a.hidden, rows, Outputs{dealt[1], narrow_size}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             narrow16(key_value + r * narrow_size + o, a.kv_a_bias ? _mm512_add_ps(y, wide16(a.kv_a_bias + o, there)) : y, there);
-        });
+        }, rows_of(a.q_b, inputs, block));
         #pragma omp barrier
         for (Share s(rows); s.begin < s.end; s.begin++) {
             const i64 r = s.begin;
@@ -465,23 +496,30 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
             rotate(mine + a.rank, cos + r * a.rope / 2, sin + r * a.rope / 2, c.rotary + r * c.rotary_row + c.past * c.rotary_key, a.rope);
         }
         #pragma omp barrier
-        const i64 inputs = a.q_lora ? a.q_lora : a.hidden;
-        linear(a.q_b, inputs, a.q_lora ? query_a : normed, inputs, rows, Dealt{dealt[2], a.heads * head},
-               [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(query + r * a.heads * head + o, y, there); });
+        const auto expansion = [&](i64 h) { return a.kv_b + h * (a.nope + a.v) * a.rank; };  // of a head's keys; its values' is behind
+        linear(a.q_b, inputs, a.q_lora ? query_a : normed, inputs, rows, Outputs{dealt[2], a.heads * head},
+               [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(query + r * a.heads * head + o, y, there); },
+               rows_of(expansion(std::min(me, a.heads - 1)), a.rank, {0, a.nope}));
         #pragma omp barrier
         // The expansion of keys moves into the query: (rows, nope) by (nope, rank) for each head.
         float* sum = weighed + omp_get_thread_num() * WEIGHED * a.rank;
-        for (Share s(a.heads); s.begin < s.end; s.begin++)
+        const i64 units = rows * groups * pieces;
+        const auto keys_of = [&](i64 unit) { return Keys{unit / pieces / groups, keys * (unit % pieces) / pieces, keys * (unit % pieces + 1) / pieces}; };
+        Dealt heads{dealt[3], a.heads, 1};
+        for (Range one = heads.take(), next; !one.none(); one = next) {
+            next = heads.take();
+            const bf16* w = expansion(one.begin);
+            const Ahead ahead = next.none() ? Heads::ahead_of(a, c, keys_of(std::min(me, units - 1))) : rows_of(expansion(next.begin), a.rank, {0, a.nope});
             for (i64 first = 0; first < rows; first += WEIGHED) {
-                const i64 some = std::min<i64>(rows - first, WEIGHED), at = first * a.heads + s.begin;
+                const i64 some = std::min<i64>(rows - first, WEIGHED), at = first * a.heads + one.begin;
                 const uint32_t* q = (const uint32_t*)(query + at * head);  // two neighbours: a pair
-                const bf16* w = a.kv_b + s.begin * (a.nope + a.v) * a.rank;
-                weigh(w, a.rank, a.nope / 2, q, a.heads * head / 2, some, sum, w + (a.nope + (s.begin + 1 < s.end ? a.v : 0)) * a.rank);
+                weigh(w, a.rank, a.nope / 2, q, a.heads * head / 2, some, sum, ahead);
                 for (i64 i = 0; i < some; i++)
                     for (i64 column = 0; column < a.rank; column += 32)
                         store_columns(_mm512_loadu_ps(sum + i * a.rank + column), _mm512_loadu_ps(sum + i * a.rank + column + 16),
                                       absorbed + (at + i * a.heads) * a.rank + column);
             }
+        }
         for (Share s(rows * a.heads); s.begin < s.end; s.begin++) {
             const i64 r = s.begin / a.heads;
             rotate(query + s.begin * head + a.nope, cos + r * a.rope / 2, sin + r * a.rope / 2, turned + s.begin * a.rope, a.rope);
@@ -497,45 +535,53 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
             Heads::pack(a, still, turning, some, packed + s.begin * Heads::words(a), bench);
         }
         #pragma omp barrier
-        const auto keys_of = [&](i64 unit) { return Keys{unit / pieces / groups, keys * (unit % pieces) / pieces, keys * (unit % pieces + 1) / pieces}; };
-        #pragma omp for schedule(dynamic, 1)
-        for (i64 unit = 0; unit < rows * groups * pieces; unit++) {
-            const i64 next = std::min(unit + threads, rows * groups * pieces - 1);  // most likely
-            Heads::read(a, c, keys_of(unit), keys_of(next), packed + unit / pieces * Heads::words(a), sums[unit], bench);
+        const i64 parts = (a.v + PART - 1) / PART;  // of the values of a head
+        const auto values_of = [&](i64 part) { return rows_of(expansion(part / parts) + a.nope * a.rank, a.rank, part_of(part % parts, a.v)); };
+        Dealt dealt_units{dealt[4], units, 1};
+        for (Range one = dealt_units.take(), next; !one.none(); one = next) {
+            next = dealt_units.take();
+            const Ahead ahead = next.none() ? values_of(std::min(me, a.heads * parts - 1)) : Heads::ahead_of(a, c, keys_of(next.begin));
+            Heads::read(a, c, keys_of(one.begin), ahead, packed + one.begin / pieces * Heads::words(a), sums[one.begin], bench);
         }
+        #pragma omp barrier
         // The pieces become one; then the expansion of values, rank → v for each head.
-        for (Share s(rows * groups); s.begin < s.end; s.begin++) {
-            const Sums* mine = sums.data() + s.begin * pieces;
+        float* count = counts + me * pieces * LANES;
+        for (Share s(rows * a.heads); s.begin < s.end;) {
+            const i64 r = s.begin / a.heads, group = s.begin % a.heads / LANES, end = std::min(s.end, r * a.heads + std::min((group + 1) * LANES, a.heads));
+            const Sums* mine = sums.data() + (r * groups + group) * pieces;
             const __m512 never = _mm512_set1_ps(-INFINITY);
             __m512 top = never, sum = _mm512_setzero_ps();
             for (i64 p = 0; p < pieces; p++) top = _mm512_max_ps(top, _mm512_loadu_ps(mine[p].best));
             top = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps());
             const auto weight = [&](i64 p) { return exp16(_mm512_sub_ps(_mm512_loadu_ps(mine[p].best), top)); };
             for (i64 p = 0; p < pieces; p++) sum = _mm512_fmadd_ps(weight(p), _mm512_loadu_ps(mine[p].total), sum);
-            for (i64 p = 0; p < pieces; p++)  // from here on `total` is what each piece counts for
-                _mm512_storeu_ps(mine[p].total, _mm512_div_ps(weight(p), _mm512_max_ps(_mm512_set1_ps(1e-30f), sum)));  // in this order NaN stays
-            const i64 r = s.begin / groups, first = s.begin % groups * LANES;
-            for (i64 i = 0; i < std::min<i64>(LANES, a.heads - first); i++)
+            for (i64 p = 0; p < pieces; p++)  // what each piece counts for
+                _mm512_storeu_ps(count + p * LANES, _mm512_div_ps(weight(p), _mm512_max_ps(_mm512_set1_ps(1e-30f), sum)));  // in this order NaN stays
+            for (; s.begin < end; s.begin++) {
+                const i64 i = s.begin % a.heads % LANES;
                 for (i64 column = 0; column < a.rank; column += 32) {
                     __m512 low = _mm512_setzero_ps(), high = low;
                     for (i64 p = 0; p < pieces; p++) {
-                        const __m512 factor = _mm512_set1_ps(mine[p].total[i]);
+                        const __m512 factor = _mm512_set1_ps(count[p * LANES + i]);
                         const float* read = Heads::columns(mine[p], a, i, column);
                         low = _mm512_fmadd_ps(_mm512_loadu_ps(read), factor, low);
                         high = _mm512_fmadd_ps(_mm512_loadu_ps(read + 16), factor, high);
                     }
-                    Heads::store32(low, high, read16 + (r * a.heads + first + i) * a.rank + column);
+                    Heads::store32(low, high, read16 + s.begin * a.rank + column);
                 }
+            }
         }
         #pragma omp barrier
-        for (Share s(a.heads * a.v, BLOCK); s.begin < s.end;) {
-            const i64 h = s.begin / a.v, from = s.begin % a.v, to = std::min(a.v, from + s.end - s.begin);
-            linear(a.kv_b + (h * (a.nope + a.v) + a.nope) * a.rank, a.rank, read16 + h * a.rank, a.heads * a.rank, rows, Range{from, to},
-                   [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(value + (r * a.heads + h) * a.v + o, y, there); });
-            s.begin += to - from;
+        Dealt dealt_values{dealt[5], a.heads * parts, 1};
+        for (Range one = dealt_values.take(), next; !one.none(); one = next) {
+            next = dealt_values.take();
+            const i64 h = one.begin / parts;
+            linear(expansion(h) + a.nope * a.rank, a.rank, read16 + h * a.rank, a.heads * a.rank, rows, part_of(one.begin % parts, a.v),
+                   [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(value + (r * a.heads + h) * a.v + o, y, there); },
+                   next.none() ? rows_of(a.o, a.heads * a.v, block) : values_of(next.begin));
         }
         #pragma omp barrier
-        linear(a.o, a.heads * a.v, value, a.heads * a.v, rows, Dealt{dealt[3], a.hidden}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(a.o, a.heads * a.v, value, a.heads * a.v, rows, Outputs{dealt[6], a.hidden}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             const i64 at = r * a.hidden + o;
             y = rounded16(a.o_bias ? _mm512_add_ps(y, wide16(a.o_bias + o, there)) : y);
             narrow16(out + at, _mm512_add_ps(wide16(x + at, there), y), there);

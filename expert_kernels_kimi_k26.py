@@ -279,7 +279,7 @@ extern "C" void kimi_dense(const FeedForward* given, i64 rows, const bf16* x, bf
         #pragma omp barrier
         gate_up(f, normed, rows, gates, inner);
         #pragma omp barrier
-        linear(f.down, f.width, inner, f.width, rows, Dealt{dealt, f.hidden}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(f.down, f.width, inner, f.width, rows, Outputs{dealt, f.hidden}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             const i64 at = r * f.hidden + o;
             narrow16(out + at, _mm512_add_ps(wide16(x + at, there), rounded16(y)), there);
         });
@@ -341,7 +341,7 @@ extern "C" void kimi_linear(const bf16* w, i64 outputs, i64 inputs, i64 rows, co
     #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
-        linear(w, inputs, x, inputs, rows, Dealt{dealt, outputs}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(w, inputs, x, inputs, rows, Outputs{dealt, outputs}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             narrow16(out + r * outputs + o, y, there);
         });
     }

@@ -52,9 +52,10 @@ static inline __m512 exp16(__m512 x) {
 
 struct Range {
     i64 begin, end;
-    Range take() {  // sixteen of them at most
+    bool none() const { return begin >= end; }
+    Range take(i64 most = 16) {
         const i64 from = begin;
-        return {from, begin = std::min(begin + 16, end)};
+        return {from, begin = std::min(begin + most, end)};
     }
 };
 
@@ -69,19 +70,25 @@ struct Share : Range {
     }
 };
 
-#ifdef TILES
-// The same, but to whichever thread asks first: one of them may be slower, as others use its core.
+// The same, but some at a time, to whichever thread asks first: one of them may be slower, as others use its core.
 struct Dealt {
     std::atomic<i64>& dealt;  // how many are: of all threads, zero at first
-    i64 count;
+    i64 count, some = 16;
     Range take() {
-        const i64 begin = std::min<i64>(dealt.fetch_add(16), count);
-        return {begin, std::min<i64>(begin + 16, count)};
+        const i64 begin = std::min<i64>(dealt.fetch_add(some), count);
+        return {begin, std::min<i64>(begin + some, count)};
     }
 };
+
+// The outputs of a linear layer, as its products want them.
+#ifdef TILES
+typedef Dealt Outputs;
 #else
-struct Dealt : Share { Dealt(std::atomic<i64>&, i64 count) : Share(count, 16) {} };  // of what follows each thread asks for more
+struct Outputs : Share { Outputs(std::atomic<i64>&, i64 count) : Share(count, 16) {} };  // of what follows each thread asks for more
 #endif
+
+enum { PART = 64 };  // outputs that a thread takes at once where matrices follow one another
+static inline Range part_of(i64 part, i64 count) { return {std::min(part * PART, count), std::min((part + 1) * PART, count)}; }
 
 // Memory that stays between calls, cut into pieces.
 struct Arena {
@@ -132,6 +139,19 @@ template <int O, int R> static inline void settle(const __m512 (&sum)[R][O], flo
     _mm512_storeu_ps(all, sums_of<R * O>(&sum[0][0]));
     for (int r = 0; r < R; r++) memcpy(y[r], all + r * O, O * sizeof(float));
 }
+
+// Memory that will be read soon, a stretch and another one: some lines of it are asked for while others are worked on.
+struct Ahead {
+    const bf16 *at = nullptr, *end = nullptr, *then = nullptr, *last = nullptr;
+    void ask(i64 lines) {
+        for (; lines > 0; lines--, at += 32) {
+            if (at >= end) { at = then; end = last; then = last; }
+            if (at >= end) return;
+            _mm_prefetch(at, _MM_HINT_T1);
+        }
+    }
+};
+static inline Ahead rows_of(const bf16* w, i64 k, Range outputs) { return {w + outputs.begin * k, w + outputs.end * k}; }
 
 enum { AHEAD = 6144 };  // bytes: weights are asked for so long before they are needed, as memory is slow to answer
 static inline void ask_ahead(const void* at) { _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T1); }
@@ -217,7 +237,7 @@ template <class F> static void products(Matrix m, i64 from, i64 to, const bf16* 
 
 #ifndef TILES
 // The same for bfloat16 weights, some of the outputs, and rows that are `row` values apart.
-template <class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, Range outputs, F sink) {
+template <class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, Range outputs, F sink, Ahead = {}) {
     for (i64 first = 0; first < rows; first += ROWS) {
         const bf16* given[ROWS];
         const i64 some = std::min<i64>(rows - first, ROWS);
@@ -245,12 +265,31 @@ static void dequantize(const uint8_t* w, const bf16* scales, i64 k, i64 group, b
     }
 }
 
+// Two vectors of lanes as pairs: one word in each lane, the first below.
+static inline __m512i paired16(__m256i one, __m256i two) {
+#ifdef __AVX512BF16__
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(two), 16));
+#else
+    const __m256i low = _mm256_unpacklo_epi16(one, two), high = _mm256_unpackhi_epi16(one, two);
+    return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+#endif
+}
+static inline __m512i paired(__m512 one, __m512 two) {
+#ifdef __AVX512BF16__
+    alignas(64) static const uint16_t turns[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(turns), (__m512i)_mm512_cvtne2ps_pbh(two, one));
+#else
+    return paired16(narrow16(one), narrow16(two));
+#endif
+}
+
 #ifndef TILES
 enum { WEIGHED = ROWS };
 // sum[i] = weights[i] . w for up to `WEIGHED` rows of weights, pairs of bfloat16 for each two rows of w, which has `width` columns,
 // whole lines of them. w is read as it lies, a few rows at a time, while the sums stay in the nearest cache. Two rows are
 // interleaved, so the columns of a sum come in the order that `store_columns` undoes.
-static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum, const bf16*) {
+static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum, Ahead) {
     constexpr int SOME = REGISTERS > 8 ? 4 : 2;  // pairs at a time
     memset(sum, 0, rows * width * sizeof(float));
     const bf16* ahead = w + 2 * SOME * width;
@@ -281,10 +320,14 @@ static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, 
 }
 #endif
 static inline void store_columns(__m512 low, __m512 high, bf16* to) {  // 32 columns in order
+#ifdef TILES
+    _mm512_storeu_si512(to, paired(low, high));
+#else
     const __m512i a = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i b = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     _mm256_storeu_si256((__m256i*)to, narrow16(_mm512_permutex2var_ps(low, a, high)));
     _mm256_storeu_si256((__m256i*)(to + 16), narrow16(_mm512_permutex2var_ps(low, b, high)));
+#endif
 }
 
 static void rms_norm(const bf16* x, const bf16* weight, bf16* out, i64 size, float eps) {
@@ -363,25 +406,6 @@ static inline void rows_of(const __m512* columns, i64 stride, __m512 (&row)[LANE
     for (int c = 0; c < LANES; c++) words[c] = _mm512_castps_si512(columns[c * stride]);
     transpose16(words);
     for (int r = 0; r < LANES; r++) row[r] = _mm512_castsi512_ps(words[r]);
-}
-
-// Two vectors of lanes as pairs: one word in each lane, the first below.
-static inline __m512i paired16(__m256i one, __m256i two) {
-#ifdef __AVX512BF16__
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(two), 16));
-#else
-    const __m256i low = _mm256_unpacklo_epi16(one, two), high = _mm256_unpackhi_epi16(one, two);
-    return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
-#endif
-}
-static inline __m512i paired(__m512 one, __m512 two) {
-#ifdef __AVX512BF16__
-    alignas(64) static const uint16_t turns[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return _mm512_permutexvar_epi16(_mm512_load_si512(turns), (__m512i)_mm512_cvtne2ps_pbh(two, one));
-#else
-    return paired16(narrow16(one), narrow16(two));
-#endif
 }
 
 // Pairs of neighbours turned. Products are rounded before they are added up, as PyTorch does it.

@@ -155,9 +155,9 @@ struct Copied {
         }
         const Reading reading = {{{queries[me], keys + a.n * room_for(e.keys) * size, size, size}, {}}, a.limits,
                                  e.mask ? e.mask + a.b * e.mask_row : nullptr, e.scale};
-        attend<GROUPS>(reading, 0, a.keys, Values::KEYS, s, [&](i64 first, i64 count, const __m512 (&shrink)[GROUPS]) {
+        attend<GROUPS>(reading, 0, a.keys, Values::KEYS, s, [&](i64 first, i64 count, const __m512 (&shrink)[GROUPS], Ahead&) {
             held.add(values + a.n * held.size(), first, count, s.weights, shrink, s.read);
-        });
+        }, [](i64) { return Ahead(); });
         return s;
     }
 };

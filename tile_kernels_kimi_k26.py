@@ -60,8 +60,9 @@ static thread_local std::vector<uint32_t> paired_rows;  // of x, see `linear`
 // `sink(o, r, y, there)` gets y = w[o …] . x[r] of a block of outputs at a time, of which those exist that are `there`; rows of x are `row`
 // values apart. Sixteen outputs are a tile as they lie, 32 inputs of them; of up to sixteen rows of x the other one has pairs,
 // those of a place together: its lines overlap where there are fewer rows, and what they have too much is not looked at.
-// `outputs` gives them out, and is asked for the next ones early, which are then asked for from memory.
-template <class Outputs, class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, Outputs outputs, F sink) {
+// `outputs` gives them out, and is asked for the next ones early, which are then asked for from memory; after the last of them what is
+// to come `after`.
+template <class T, class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, T outputs, F sink, Ahead after = {}) {
     const i64 steps = (k + 31) / 32, most = steps * 16 * LANES;
     paired_rows.resize((rows + LANES - 1) / LANES * most + LANES);
     for (i64 first = 0; first < rows; first += LANES) {
@@ -69,23 +70,22 @@ template <class Outputs, class F> static void linear(const bf16* w, i64 k, const
         uint32_t* to = paired_rows.data() + first / LANES * most;
         const bf16* given[LANES];
         for (i64 r = 0; r < some; r++) given[r] = x + (first + r) * row;
-        pack(given, some, k / 2, to, some);
+        if (some == 1) memcpy(to, given[0], k * sizeof(bf16));
+        else pack(given, some, k / 2, to, some);
         memset(to + k / 2 * some, 0, (steps * 16 - k / 2) * some * sizeof *to);
     }
-    const auto ask_for = [&](const bf16*& at, const bf16* end) {
-        for (i64 lines = 16; lines && at < end; lines--, at += 32) _mm_prefetch(at, _MM_HINT_T1);
-    };
+    const auto rows_of_w = [&](Range r) { return r.none() ? after : rows_of(w, k, r); };
     Range some = outputs.take(), next;
-    for (const bf16 *at = w + some.begin * k, *end = w + some.end * k; at < end;) ask_for(at, end);
-    for (; some.begin < some.end; some = next) {
+    rows_of_w(some).ask(16 * steps);
+    for (; !some.none(); some = next) {
         next = outputs.take();
-        const bf16 *ahead = w + next.begin * k, *end = w + next.end * k;
+        Ahead ahead = rows_of_w(next);
         for (i64 first = 0; first < rows; first += LANES) {
             const i64 there = std::min<i64>(rows - first, LANES);
             const uint32_t* given = paired_rows.data() + first / LANES * most;
             clear_tile(0);
             for (i64 s = 0; s < steps; s++, given += 16 * there) {
-                ask_for(ahead, end);
+                ahead.ask(16);
                 load_tile(1, given, there * 4);
                 if (some.begin + 16 <= some.end && s * 32 + 32 <= k) load_tile(2, w + some.begin * k + s * 32, k * sizeof(bf16));
                 else {
