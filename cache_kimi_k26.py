@@ -1,7 +1,6 @@
 """Latents in the library's caches: one latent and one rotary key for each token and layer, as keys and values of one head."""
 
 import math
-import mmap
 from collections.abc import Iterator
 from typing import Optional
 
@@ -9,10 +8,11 @@ import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
+from .memory_kimi_k26 import new_room
+
 
 SCALE_GROUP = 64  # numbers of a latent that share one scale, where so many divide it
 BLOCK = 1024  # tokens that are rounded or restored at once, so that little is held meanwhile
-LARGE_PAGE = 1 << 21  # bytes
 
 
 class GrowingLayer(DynamicLayer):
@@ -62,22 +62,6 @@ class GrowingLayer(DynamicLayer):
         """Forget all tokens."""
         self.keys = self.values = self._room = None
         self.is_initialized = False
-
-
-def new_room(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """`like.new_empty(shape)`, on Linux in large pages where it fills some: a step that reads long contexts spent a tenth of
-    its time looking up small ones."""
-    size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size < LARGE_PAGE or torch.compiler.is_compiling() or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(shape)
-    memory = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
-        return like.new_empty(shape)
-    held = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -held.data_ptr() % LARGE_PAGE
-    return held[start : start + size].view(like.dtype).view(shape)
 
 
 def is_writable(tensor: torch.Tensor) -> bool:

@@ -4,8 +4,6 @@ A checkpoint of hundreds of GiB opens in seconds: a tensor is a view of the file
 first used. Whatever is wrong with the files is found before anything is built from them.
 """
 
-import ctypes
-import functools
 import json
 import math
 import mmap
@@ -18,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
 import torch
 
 
@@ -465,64 +462,3 @@ class Checkpoint:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def release(*modules: torch.nn.Module):
-    """Give back the memory of memory-mapped parameters; they are read from their files again when they are next used.
-
-    Leaves alone what lies elsewhere by now (casts, moves) or has been written to since it was mapped.
-    """
-    for first, end in _mapped(modules):
-        first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: the others have neighbours
-        end = end // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > first and not _has_own_pages(first, end):
-            _advise(first, end, "MADV_DONTNEED")
-
-
-def read_ahead(*modules: torch.nn.Module):
-    """Ask the system to read memory-mapped parameters from their files, all at once and without waiting for them."""
-    for first, end in _mapped(modules):
-        _advise(first // mmap.PAGESIZE * mmap.PAGESIZE, end, "MADV_WILLNEED")
-
-
-def _mapped(modules: Iterable[torch.nn.Module]) -> list[tuple[int, int]]:
-    """Where memory-mapped parameters lie, addresses of first bytes and ends; neighbours in a file are one piece."""
-    pieces = []
-    for module in modules:
-        for part in module.modules():
-            for parameter in part._parameters.values():
-                at = getattr(parameter, "as_in_file", None)
-                if at is not None and at == (parameter.data_ptr(), parameter._version):
-                    pieces.append((at[0], at[0] + parameter.nbytes))
-    merged: list[tuple[int, int]] = []
-    for first, end in sorted(pieces):
-        if merged and merged[-1][1] == first:
-            first, _ = merged.pop()
-        merged.append((first, end))
-    return merged
-
-
-def _advise(first: int, end: int, advice: str):
-    """Tell the system what is to become of the pages from an address on, where it takes such advice."""
-    if hasattr(mmap, advice):
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), ctypes.c_int(getattr(mmap, advice)))
-
-
-def _has_own_pages(first: int, last: int) -> bool:
-    """Whether a page between two addresses is not, or no longer, a page of a file, as far as the system tells.
-
-    What is written through `parameter.data`, as adapters are merged, does not count as a version of the parameter.
-    """
-    try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as pages:  # 8 bytes each
-            pages.seek(first // mmap.PAGESIZE * 8)
-            flags = np.frombuffer(pages.read((last - first) // mmap.PAGESIZE * 8), np.uint64)
-    except OSError:
-        return False
-    present, swapped, of_file = (flags >> np.uint64(bit) & np.uint64(1) for bit in (63, 62, 61))
-    return bool(((present & ~of_file) | swapped).any())
-
-
-@functools.cache
-def _libc():
-    return ctypes.CDLL(None)

@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import Cache, StaticLayer
 
 from .cache_kimi_k26 import LatentLayer, layer_of
+from .memory_kimi_k26 import settle
 from .native_kimi_k26 import (
     INPUTS,
     MOST_ROWS,
@@ -184,6 +185,9 @@ class NativeDecoder:
     """
 
     def __init__(self, owner: nn.Module):
+        if not getattr(owner, "streams", True):
+            for layer in owner.layers:
+                settle(*layer.dense())
         self.parts = [NativeLayer(layer) for layer in layers_of(owner)]
         self.norm = self.eps = None
         self._looked_at: list[Weights] = list(self.parts)
@@ -223,17 +227,24 @@ class NativeDecoder:
         self._looks += 1
         return self._looked_at[self._looks % len(self._looked_at)].is_current()
 
-    def __call__(self, x: torch.Tensor, rotary, span, past_key_values: Cache) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x` `(batch, 1, hidden_size)` bfloat16 → the same after the layers (and the norm), and the routers' logits of each
-        that routes."""
-        return self.run(x, rotary, span.padding, [part.extend(past_key_values, x, span) for part in self.parts])
+    def __call__(self, x: torch.Tensor, rotary, span, past_key_values: Cache, head: Optional[torch.Tensor] = None):
+        """
+        Args:
+            x (`torch.Tensor` of shape `(batch, 1, hidden_size)`): bfloat16.
+            head (`torch.Tensor` of shape `(vocab_size, hidden_size)`, *optional*): of an output layer that follows the norm.
 
-    def run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place]):
+        Returns:
+            `x` after the layers (and the norm); the routers' logits of each layer that routes; those of the output layer,
+            `(batch, 1, vocab_size)`, or nothing, `(batch, 1, 0)`.
+        """
+        return self.run(x, rotary, span.padding, [part.extend(past_key_values, x, span) for part in self.parts], head)
+
+    def run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place], head: Optional[torch.Tensor] = None):
         """The same where the caches have made room already. Threads that share the model wait for each other here."""
         with self._turn:
-            return self._run(x, rotary, padding, places)
+            return self._run(x, rotary, padding, places, head)
 
-    def _run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place]):
+    def _run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place], head: Optional[torch.Tensor]):
         rows, count, threads = x.shape[0], len(self.parts), i64(torch.get_num_threads())
         x = x.clone(memory_format=torch.contiguous_format)
         middle, normed, weights, chosen = self._room(x)
@@ -249,7 +260,10 @@ class NativeDecoder:
             where.mask, where.mask_row = (None, 0) if padding is None else (padding.data_ptr(), padding.stride(0))
         self._refresh_experts(thorough=self.calls[0].latents.past == 0)
         logits = torch.empty(len(self.experts), rows, self.calls[count - 1].feed_forward.experts)
+        scores = x.new_empty(rows, 1, 0 if head is None else head.shape[0])
         step = Step(*addresses(x, middle, normed, cos, sin, logits, weights, chosen), rows=rows)
+        if head is not None:
+            step.head, step.scores, step.outputs = head.data_ptr(), scores.data_ptr(), head.shape[0]
         if self.norm is not None:
             step.norm, step.eps = self.norm, self.eps
         asked = at = routed = 0
@@ -267,7 +281,7 @@ class NativeDecoder:
             self.experts[0].store.hits += step.used - asked  # of what was known, nobody was asked
         for experts in self.experts:
             experts.known.let_go()
-        return x, logits
+        return x, logits, scores
 
     def _room(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What a step needs for itself: two hidden states, and the weights and choices of all layers. One run uses it after
@@ -344,28 +358,29 @@ _owners: WeakValueDictionary = WeakValueDictionary()
 # Defined plainly, for what `torch.library.custom_op` puts around costs as much as the graph saves.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(
-    "decode(Tensor x, Tensor cos, Tensor sin, Tensor at, Tensor? padding, Tensor(a!)[] keys, Tensor(b!)[] values, int owner)"
-    " -> (Tensor, Tensor)"
+    "decode(Tensor x, Tensor cos, Tensor sin, Tensor at, Tensor? padding, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? head, int owner)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 
-def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[torch.Tensor], owner: int):
-    """One new token of each row, at the place `at` of static caches, through all layers of the text model `owner` and its
-    last norm."""
-    model, past = _owners[owner], int(at[0])
+def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[torch.Tensor], head, owner: int):
+    """One new token of each row, at the place `at` of static caches, through all layers of the text model `owner`, its
+    last norm and an output layer."""
+    model, past = _owners[owner], int(at)
     if past >= keys[0].shape[2]:
         raise ValueError(f"the static cache has room for {keys[0].shape[2]} tokens, and one comes at place {past}")
     if model.native is None or not model.native.is_current(keys[0], past):
         model.native = NativeDecoder(model)
     if not model.native.fits:
         raise RuntimeError("the layers have changed since the model was compiled; compile it again")
-    return model.native.run(x, (cos, sin), padding, [(*place, past) for place in zip(keys, values)])
+    return model.native.run(x, (cos, sin), padding, [(*place, past) for place in zip(keys, values)], head)
 
 
-def _decoded(x, cos, sin, at, padding, keys, values, owner):
+def _decoded(x, cos, sin, at, padding, keys, values, head, owner):
     """Empty tensors in the shape of the result."""
     routing = [layer.mlp.gate.weight.shape[0] for layer in _owners[owner].layers if hasattr(layer.mlp, "gate")]
-    return torch.empty_like(x), x.new_empty(len(routing), x.shape[0], max(routing, default=0), dtype=torch.float32)
+    logits = x.new_empty(len(routing), x.shape[0], max(routing, default=0), dtype=torch.float32)
+    return torch.empty_like(x), logits, x.new_empty(x.shape[0], 1, 0 if head is None else head.shape[0])
 
 
 _library.define("few_rows(Tensor x, Tensor weight) -> Tensor")
@@ -388,7 +403,7 @@ def _number(model: nn.Module) -> int:
     return id(model) if model.native.fits else 0
 
 
-def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cache):
+def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cache, head: Optional[torch.Tensor]):
     """What a [`NativeDecoder`] gives, while a graph is being made: over a static cache; `None` where it cannot serve.
 
     PyTorch looks at all that is looked at here before each run of the graph: the less, the faster.
@@ -413,7 +428,7 @@ def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_va
     if not number or len(caches) != _count(model):
         return None
     keys, values = [cache.keys for cache in caches], [cache.values for cache in caches]
-    out = _operation(x, *rotary, span.query_index, span.padding, keys, values, number)
+    out = _operation(x, *rotary, span.query_index, span.padding, keys, values, head, number)
     for cache in caches:
         count_one(cache)
     return out
@@ -424,19 +439,19 @@ def _count(model: nn.Module) -> int:
     return len(model.layers)
 
 
+def readable_head(linear: Optional[nn.Module]) -> Optional[torch.Tensor]:
+    """The weight of an output layer that the kernels can read, else `None`."""
+    return None if linear is None or not _reads_plainly(linear) or linear.bias is not None else linear.weight
+
+
 def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`linear(x)`, `(batch, length, hidden_size)` → `(batch, length, vocab_size)`, natively where few rows ask for it."""
-    if (
-        x.shape[0] * x.shape[1] > MOST_ROWS
-        or x.dtype != torch.bfloat16
-        or x.device.type != "cpu"
-        or torch.is_grad_enabled()
-        or not _reads_plainly(linear)
-        or linear.bias is not None
-    ):
+    few = x.shape[0] * x.shape[1] <= MOST_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    head = readable_head(linear) if few and not torch.is_grad_enabled() else None
+    if head is None:
         return apply_linear(linear, x)
     product = _product if torch.compiler.is_compiling() else few_rows
-    return product(x.flatten(0, 1).contiguous(), linear.weight).unflatten(0, x.shape[:2])
+    return product(x.flatten(0, 1).contiguous(), head).unflatten(0, x.shape[:2])
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:

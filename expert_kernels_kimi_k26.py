@@ -286,6 +286,19 @@ extern "C" void kimi_dense(const FeedForward* given, i64 rows, const bf16* x, bf
     }
 }
 
+// out = x . w transposed, for the output layer.
+extern "C" void kimi_linear(const bf16* w, i64 outputs, i64 inputs, i64 rows, const bf16* x, bf16* out,
+                            i64 threads) {
+    std::atomic<i64> dealt{0};
+    #pragma omp parallel num_threads(threads)
+    {
+        const Tiles tiles;
+        linear(w, inputs, x, inputs, rows, Outputs{dealt, outputs}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+            narrow16(out + r * outputs + o, y, there);
+        });
+    }
+}
+
 // One new token for each row through layers, as far as the experts are known.
 struct Layer {
     Attention attention;
@@ -299,6 +312,7 @@ struct Step {  // (rows, …): the hidden state, two places for it; of each laye
     float *logits, *weights; i64* chosen;
     const bf16* norm; float eps;  // what is after the last layer, null: nothing; its result takes the place of `x`
     i64 rows, used;  // used: experts of all layers, each once however many rows it has
+    const bf16* head; bf16* scores; i64 outputs;  // the output layer, null: none; what it makes of that result, (rows, outputs)
 };
 
 // Computes layers `from` to `count`. Where an expert is not known it ends before that layer's experts and gives its number,
@@ -331,20 +345,8 @@ extern "C" i64 kimi_decode(const Layer* layers, i64 count, i64 from, i64 routed,
     }
     const i64 hidden = layers[0].feed_forward.hidden;
     if (s.norm) for (i64 r = 0; r < s.rows; r++) rms_norm(s.x + r * hidden, s.norm, s.x + r * hidden, hidden, s.eps);
+    if (s.head) kimi_linear(s.head, s.outputs, hidden, s.rows, s.x, s.scores, threads);
     return count;
-}
-
-// out = x . w transposed, for the output layer.
-extern "C" void kimi_linear(const bf16* w, i64 outputs, i64 inputs, i64 rows, const bf16* x, bf16* out,
-                            i64 threads) {
-    std::atomic<i64> dealt{0};
-    #pragma omp parallel num_threads(threads)
-    {
-        const Tiles tiles;
-        linear(w, inputs, x, inputs, rows, Outputs{dealt, outputs}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
-            narrow16(out + r * outputs + o, y, there);
-        });
-    }
 }
 
 // out = x . w transposed (+ bias), for many rows.

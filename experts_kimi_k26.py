@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .checkpoint_kimi_k26 import read_ahead, release
 from .configuration_kimi_k26 import KimiK26TextConfig
 from .decoding_kimi_k26 import apply_linear
+from .memory_kimi_k26 import read_ahead, release
 from .native_kimi_k26 import INPUTS, FeedForward, is_plain, knows_group, library, weighted_experts
 from .parallel_kimi_k26 import Peers
 from .quantization_kimi_k26 import CpuInt4, KeepDtype, KimiK26Int4Linear

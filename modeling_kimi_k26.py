@@ -12,11 +12,11 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26Config
 from .decoding_kimi_k26 import output_layer
 from .experts_kimi_k26 import KimiK26Router
 from .loading_kimi_k26 import load_mapped, maps_into_memory, read_from_disk_as_stored, refuse_damage
+from .memory_kimi_k26 import release
 from .parallel_kimi_k26 import OF_EXPERTS, as_the_library_takes_it, gather, split_plan
 from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
 from .store_kimi_k26 import ExpertStore
@@ -351,7 +351,7 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
             inputs_embeds = self.put_media(inputs_embeds, where, media_features[media_index[where]])
         self._warn_past_the_end(inputs_embeds.shape[1], position_ids, past_key_values)
 
-        outputs = self.language_model.model(
+        x, past_key_values, hidden_states, attentions, router_logits, logits = self.language_model.model(
             inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -361,10 +361,13 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
             cache_position=kwargs.pop("cache_position", None),
+            head=None if isinstance(logits_to_keep, torch.Tensor) else self.language_model.lm_head,
+            return_dict=False,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept
-        logits = output_layer(self.language_model.lm_head, outputs.last_hidden_state[:, kept])
+        if logits is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept
+            logits = output_layer(self.language_model.lm_head, x[:, kept])
         if self.language_model.model.streams:
             release(self.get_input_embeddings(), self.language_model.lm_head)
         loss = None
@@ -374,10 +377,10 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         result = KimiK26CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            past_key_values=past_key_values,
+            hidden_states=hidden_states,
+            attentions=attentions,
+            router_logits=router_logits,
             image_hidden_states=media_features,
         )
         return result if return_dict else result.to_tuple()

@@ -101,6 +101,8 @@ class Step(ctypes.Structure):
         *fields(address, "x middle normed cos sin logits weights chosen norm"),
         *fields(ctypes.c_float, "eps"),
         *fields(i64, "rows used"),
+        *fields(address, "head scores"),
+        *fields(i64, "outputs"),
     ]
 
 

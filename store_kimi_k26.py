@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .checkpoint_kimi_k26 import release
+from .memory_kimi_k26 import release
 from .native_kimi_k26 import NativeAddresses, is_plain
 from .quantization_kimi_k26 import CpuInt4, KimiK26Int4Linear, int4_linear
 from .triton_kimi_k26 import grouped_experts, table_for

@@ -7,7 +7,7 @@ the query and the output); many queries expand the latents to keys and values of
 
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import nn
@@ -19,10 +19,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_kimi_k26 import write_latents
-from .checkpoint_kimi_k26 import release
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .decoding_kimi_k26 import apply_linear, compiled_decode, linear, native_decoder, serves_attention, serves_norm, serves_rotation
+from .decoding_kimi_k26 import apply_linear, compiled_decode, linear, native_decoder, readable_head, serves_attention, serves_norm, serves_rotation
 from .experts_kimi_k26 import KimiK26Experts, KimiK26MLP, KimiK26MoE, at_least_float32
+from .memory_kimi_k26 import release, settle
 from .native_kimi_k26 import attention, is_plain, norm, rotate
 from .parallel_kimi_k26 import Peers, check_split, local
 from .store_kimi_k26 import ExpertStore
@@ -439,7 +439,7 @@ class KimiK26DecoderLayer(GradientCheckpointingLayer):
         """`(batch, length, hidden_size)` → the same, the attention weights or `None`, the router logits or `None`."""
         native = None if output_attentions else native_decoder(self, x, span, past_key_values)
         if native is not None:
-            x, router_logits = native(x, rotary, span, past_key_values)
+            x, router_logits, _ = native(x, rotary, span, past_key_values)
             return x, None, router_logits[0] if len(router_logits) else None
         out, weights = self.self_attn(self.input_layernorm(x), rotary, span, past_key_values, output_attentions)
         x = x + out
@@ -452,12 +452,12 @@ class KimiK26DecoderLayer(GradientCheckpointingLayer):
         self.native = None  # it would keep the memory of weights that move
         return super()._apply(*args, **kwargs)
 
-    def release(self):
-        """Give back the memory of everything but the routed experts, which have a store of their own."""
-        dense = self.mlp
+    def dense(self) -> list[nn.Module]:
+        """Everything but the routed experts, which have a store of their own."""
+        networks = [self.mlp]
         if isinstance(self.mlp, KimiK26MoE):
-            dense = nn.ModuleList(part for name, part in self.mlp.named_children() if name != "experts")
-        release(self.self_attn, dense, self.input_layernorm, self.post_attention_layernorm)
+            networks = [part for name, part in self.mlp.named_children() if name != "experts"]
+        return [self.self_attn, self.input_layernorm, self.post_attention_layernorm, *networks]
 
 
 class KimiK26TextModel(nn.Module):
@@ -495,17 +495,17 @@ class KimiK26TextModel(nn.Module):
                 layer.mlp.experts.store = store
         return store
 
-    def in_one_go(self, x, rotary, span, past_key_values):
-        """All layers by the native kernels and the last norm, and the routers' logits; `None` where they cannot serve, where
-        somebody looks at single layers, or where weights must be read or given back between them."""
+    def in_one_go(self, x, rotary, span, past_key_values, head):
+        """What a [`NativeDecoder`] gives of all layers; `None` where the kernels cannot serve, where somebody looks at single
+        layers, or where weights must be read or given back between them."""
         if torch.compiler.is_compiling():
-            return compiled_decode(self, x, rotary, span, past_key_values)
+            return compiled_decode(self, x, rotary, span, past_key_values, readable_head(head))
         routing = next((layer.mlp for layer in self.layers if isinstance(layer.mlp, KimiK26MoE)), None)
         resident = routing is None or isinstance(routing.experts, KimiK26Experts) and not routing.experts.store.bounded
         if self.streams or not resident or not all(is_plain(layer) for layer in self.layers):
             return None
         native = native_decoder(self, x, span, past_key_values)
-        return None if native is None else native(x, rotary, span, past_key_values)
+        return None if native is None else native(x, rotary, span, past_key_values, readable_head(head))
 
     def forward(
         self,
@@ -518,7 +518,9 @@ class KimiK26TextModel(nn.Module):
         output_hidden_states: bool = False,
         output_router_logits: bool = False,
         cache_position: Optional[torch.Tensor] = None,
-    ) -> MoeModelOutputWithPast:
+        head: Optional[nn.Linear] = None,
+        return_dict: bool = True,
+    ) -> Union[MoeModelOutputWithPast, tuple]:
         """
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`).
@@ -527,6 +529,9 @@ class KimiK26TextModel(nn.Module):
                 where absent. Where neither a mask nor a cache is given, positions that restart begin a new packed
                 sequence, as the library has it.
             cache_position (`torch.Tensor` of shape `(length,)`, *optional*): place of the tokens in the cache.
+            head (`nn.Linear`, *optional*): an output layer that may be computed with the layers, where that is faster.
+            return_dict (`bool`): without it a tuple of the hidden state, the cache, the hidden states, attention weights and router
+                logits that were asked for, and the logits of `head`, or `None` where it is yet to be applied.
         """
         may_be_packed = attention_mask is None and past_key_values is None
         if use_cache and past_key_values is None:
@@ -554,11 +559,12 @@ class KimiK26TextModel(nn.Module):
         span = AttentionSpan(cache_position, past if isinstance(past, int) else None, attention_mask, documents)
 
         x, rotary = inputs_embeds, self.rotary_emb(position_ids)
-        hidden_states, attentions, router_logits = (x,), (), ()
+        hidden_states, attentions, router_logits, logits_of_head = (x,), (), (), None
         closely = output_hidden_states or output_attentions
-        whole = None if closely else self.in_one_go(x, rotary, span, past_key_values)
+        whole = None if closely else self.in_one_go(x, rotary, span, past_key_values, head)
         if whole is not None:
-            x, logits = whole
+            x, logits, scores = whole
+            logits_of_head = scores if scores.shape[-1] else None
             router_logits = tuple(logits) if output_router_logits else ()
         else:
             for layer in self.layers:
@@ -566,18 +572,17 @@ class KimiK26TextModel(nn.Module):
                     x, rotary, span, past_key_values=past_key_values, output_attentions=output_attentions
                 )
                 if self.streams:
-                    layer.release()
+                    release(*layer.dense())
                 hidden_states += (x,) if output_hidden_states else ()
                 attentions += (weights,) if output_attentions else ()
                 router_logits += (logits,) if output_router_logits and logits is not None else ()
             x = self.norm(x)
-        return MoeModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
-            attentions=attentions if output_attentions else None,
-            router_logits=router_logits if output_router_logits else None,
-        )
+        hidden_states = (*hidden_states[:-1], x) if output_hidden_states else None
+        attentions = attentions if output_attentions else None
+        router_logits = router_logits if output_router_logits else None
+        if not return_dict:
+            return x, past_key_values, hidden_states, attentions, router_logits, logits_of_head
+        return MoeModelOutputWithPast(x, past_key_values, hidden_states, attentions, router_logits)
 
 
 def packed_documents(position_ids: torch.Tensor) -> Optional[torch.Tensor]:

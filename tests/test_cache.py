@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, KimiK26Processor, QuantizedLatentCache
 from kimi_k26 import cache_kimi_k26 as module
+from kimi_k26 import memory_kimi_k26 as memory
 from kimi_k26.cache_kimi_k26 import LatentLayer, QuantizedLatentLayer, Scratch, restore, round_to_int8, write_latents
 from kimi_k26.tests.tiny_models import EOS, PAD, make_model, media_prompt, words
 
@@ -227,9 +228,9 @@ def test_layers_share_one_stretch_of_memory():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_large_rooms_begin_with_a_large_page(dtype):
     like = torch.empty(0, dtype=dtype)
-    small, large = module.new_room(like, (1, 3, 5)), module.new_room(like, (2, 1, 3000, 512))
+    small, large = memory.new_room(like, (1, 3, 5)), memory.new_room(like, (2, 1, 3000, 512))
     assert small.shape == (1, 3, 5) and large.shape == (2, 1, 3000, 512) and small.dtype == large.dtype == dtype
-    assert large.is_contiguous() and (not hasattr(mmap, "MADV_HUGEPAGE") or large.data_ptr() % module.LARGE_PAGE == 0)
+    assert large.is_contiguous() and (not hasattr(mmap, "MADV_HUGEPAGE") or large.data_ptr() % memory.LARGE_PAGE == 0)
     large.copy_(torch.arange(len(large.flatten())).view(large.shape))
     copied = copy.deepcopy(large)
     large.zero_()

@@ -1,13 +1,16 @@
 """Where experts live: the store and its budget, layouts for the CPU, and memory given back to the files."""
 
 import copy
+import mmap
 import pickle
 
 import pytest
 import torch
 
-from kimi_k26 import KimiK26ForConditionalGeneration
-from kimi_k26.checkpoint_kimi_k26 import Checkpoint, release
+from kimi_k26 import KimiK26ForConditionalGeneration, decoding_kimi_k26
+from kimi_k26 import memory_kimi_k26 as memory
+from kimi_k26.checkpoint_kimi_k26 import Checkpoint
+from kimi_k26.memory_kimi_k26 import release
 from kimi_k26.store_kimi_k26 import ExpertStore, Layout
 
 
@@ -196,3 +199,36 @@ def test_released_memory_is_never_what_only_we_have(change, tiny_checkpoint):
     release(module)
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+def test_what_every_token_reads_settles_in_large_pages(tiny_checkpoint, ids, monkeypatch, tmp_path):
+    """In inference mode, and without: the bits are those of the files, and the files' memory is given back."""
+    monkeypatch.setattr(memory, "LARGE_PAGE", mmap.PAGESIZE)
+    given_back = []
+    monkeypatch.setattr(memory, "release", lambda *modules: given_back.extend(memory._mapped(modules)))
+    plain, model = load(tiny_checkpoint, dtype="bfloat16"), load(tiny_checkpoint, dtype="bfloat16")
+    settled = model.language_model.model.layers[1].dense()
+    with torch.inference_mode():
+        memory.settle(*settled)
+    moved = {id(parameter) for module in settled for parameter in module.parameters()}
+    for (name, parameter), before in zip(model.named_parameters(), plain.parameters()):
+        assert torch.equal(parameter, before) and not parameter.is_inference(), name
+        if hasattr(mmap, "MADV_HUGEPAGE") and id(parameter) in moved:
+            assert parameter.as_in_file[0] != parameter.data_ptr() and parameter.untyped_storage().nbytes() == parameter.nbytes, name
+        elif hasattr(parameter, "as_in_file"):
+            assert parameter.as_in_file[0] == parameter.data_ptr(), name
+    assert bool(given_back) == hasattr(mmap, "MADV_HUGEPAGE")
+    assert answer(model, ids) == answer(plain, ids)
+    model.save_pretrained(tmp_path)
+    assert answer(load(tmp_path), ids) == answer(plain, ids)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_layers_that_stream_stay_in_their_files(streams, tiny_checkpoint, ids, monkeypatch):
+    monkeypatch.setattr(memory, "LARGE_PAGE", mmap.PAGESIZE)
+    model = load(tiny_checkpoint, dtype="bfloat16")
+    model.language_model.model.streams = streams
+    answer(model, ids)
+    weight = model.language_model.model.layers[1].self_attn.o_proj.weight
+    settles = decoding_kimi_k26.library() is not None and hasattr(mmap, "MADV_HUGEPAGE")
+    assert (weight.as_in_file[0] == weight.data_ptr()) == (streams or not settles)
