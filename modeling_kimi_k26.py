@@ -28,6 +28,7 @@ from .attention_kernels_kimi_k26 import ATTENTION  # noqa: F401
 from .avx2_kernels_kimi_k26 import AVX2  # noqa: F401
 from .bfloat16_kernels_kimi_k26 import BFLOAT16  # noqa: F401
 from .cache_kimi_k26 import LatentLayer  # noqa: F401
+from .checkpoint_kimi_k26 import Checkpoint  # noqa: F401
 from .compiling_kimi_k26 import compiled  # noqa: F401
 from .expert_kernels_kimi_k26 import EXPERTS  # noqa: F401
 from .integer_kernels_kimi_k26 import INTEGERS  # noqa: F401
