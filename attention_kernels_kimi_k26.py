@@ -447,8 +447,8 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
     const Latents& c = *cache;
     const i64 head = a.nope + a.rope, keys = c.past + 1;
     // Each row's keys are cut into as many pieces, however many rows there are: a row's sums are then the same to the last bit in
-    // any company. More pieces than threads, as one of these may be slower; but not too small.
-    const i64 pieces = std::clamp(keys / Heads::PIECE, threads, 4 * threads);
+    // any company. Some more than few threads, as one of these may be slower; but not too small.
+    const i64 pieces = std::clamp<i64>(keys / Heads::PIECE, threads, std::max<i64>(threads, 8));
     const i64 groups = (a.heads + LANES - 1) / LANES;  // of heads, one to a lane
     bf16 *normed, *query_a, *key_value, *query, *absorbed, *turned, *read16, *value;
     uint32_t *packed, *benches;        // (rows, groups) and (threads), see `Heads`
