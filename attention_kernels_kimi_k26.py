@@ -469,7 +469,7 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         value = arena.take<bf16>(rows * a.heads * a.v);
         for (Sums& one : sums) one.layout(LANES, a.rank, Heads::KEYS);
     });
-    std::atomic<i64> dealt[7] = {};
+    std::atomic<i64> dealt[7] = {};  // by each phase
     #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;

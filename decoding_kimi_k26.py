@@ -185,7 +185,7 @@ class NativeDecoder:
     """
 
     def __init__(self, owner: nn.Module):
-        if not getattr(owner, "streams", True):
+        if not getattr(owner, "streams", True):  # a text model whose layers stay in memory
             for layer in owner.layers:
                 settle(*layer.dense())
         self.parts = [NativeLayer(layer) for layer in layers_of(owner)]

@@ -10,6 +10,7 @@ from typing import Optional
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 LARGE_PAGE = 1 << 21  # bytes
@@ -41,6 +42,9 @@ def _large_pages(size: int) -> Optional[torch.Tensor]:
     return held[-held.data_ptr() % LARGE_PAGE :]
 
 
+_in_files = WeakTensorKeyDictionary()  # of parameters that have settled: what they were
+
+
 def settle(*modules: torch.nn.Module):
     """Copy memory-mapped parameters into large pages, where the system has them, and give back what held them.
 
@@ -62,7 +66,18 @@ def settle(*modules: torch.nn.Module):
             copies.append(own.view(parameter.dtype).view(parameter.shape).copy_(parameter))
         release(*modules)
         for parameter, copy in zip(parameters, copies):
+            _in_files[parameter] = parameter.data
             parameter.data = copy
+
+
+def unsettle(*modules: torch.nn.Module):
+    """Let parameters that have settled be maps of their files again, but for those that have been written to since."""
+    with torch.inference_mode(False), torch.no_grad():
+        for parameter in (parameter for module in modules for parameter in module.parameters()):
+            in_file = _in_files.pop(parameter, None)
+            stays = in_file is None or (parameter.dtype, parameter.device) != (in_file.dtype, in_file.device)
+            if not stays and torch.equal(parameter, in_file):
+                parameter.data = in_file
 
 
 def release(*modules: torch.nn.Module):

@@ -16,7 +16,7 @@ from .configuration_kimi_k26 import KimiK26Config
 from .decoding_kimi_k26 import output_layer
 from .experts_kimi_k26 import KimiK26Router
 from .loading_kimi_k26 import load_mapped, maps_into_memory, read_from_disk_as_stored, refuse_damage
-from .memory_kimi_k26 import release
+from .memory_kimi_k26 import release, unsettle
 from .parallel_kimi_k26 import OF_EXPERTS, as_the_library_takes_it, gather, split_plan
 from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
 from .store_kimi_k26 import ExpertStore
@@ -224,6 +224,8 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         memory = convert_file_size_to_int(memory)
         streams = others > memory
         self.language_model.model.streams = streams
+        if streams:
+            unsettle(*(part for layer in self.language_model.model.layers for part in layer.dense()))
         self.expert_store.clear()
         self.expert_store.total = experts
         rest = memory // 2 if streams else memory - others

@@ -223,12 +223,22 @@ def test_what_every_token_reads_settles_in_large_pages(tiny_checkpoint, ids, mon
     assert answer(load(tmp_path), ids) == answer(plain, ids)
 
 
-@pytest.mark.parametrize("streams", [True, False])
-def test_layers_that_stream_stay_in_their_files(streams, tiny_checkpoint, ids, monkeypatch):
+def test_layers_that_must_stream_go_back_to_their_files(tiny_checkpoint, ids, monkeypatch):
+    """When the memory they may take is known before the first token, or bounded after some; what was written to stays."""
     monkeypatch.setattr(memory, "LARGE_PAGE", mmap.PAGESIZE)
     model = load(tiny_checkpoint, dtype="bfloat16")
-    model.language_model.model.streams = streams
-    answer(model, ids)
-    weight = model.language_model.model.layers[1].self_attn.o_proj.weight
+    kept, written = (layer.self_attn.o_proj.weight for layer in model.language_model.model.layers[:2])
     settles = decoding_kimi_k26.library() is not None and hasattr(mmap, "MADV_HUGEPAGE")
-    assert (weight.as_in_file[0] == weight.data_ptr()) == (streams or not settles)
+
+    def is_in_file(weight):
+        return weight.as_in_file[0] == weight.data_ptr()
+
+    first = answer(model, ids)
+    assert is_in_file(kept) == (not settles)
+    written.data[0, 0] += 1
+    changed = answer(model, ids)
+    model.set_budget(memory=1)
+    assert model.language_model.model.streams and is_in_file(kept) and is_in_file(written) == (not settles)
+    assert answer(model, ids) == changed
+    bounded = load(tiny_checkpoint, dtype="bfloat16", max_memory={"cpu": 1})
+    assert answer(bounded, ids) == first and all(map(is_in_file, (p for p in bounded.parameters() if hasattr(p, "as_in_file"))))
