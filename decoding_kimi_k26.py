@@ -439,15 +439,16 @@ def _count(model: nn.Module) -> int:
     return len(model.layers)
 
 
-def readable_head(linear: Optional[nn.Module]) -> Optional[torch.Tensor]:
-    """The weight of an output layer that the kernels can read, else `None`."""
-    return None if linear is None or not _reads_plainly(linear) or linear.bias is not None else linear.weight
+def head_for(x: torch.Tensor, linear: nn.Module) -> Optional[torch.Tensor]:
+    """The weight of an output layer where the kernels can read it and serve `x`, `(batch, length, hidden_size)`, else `None`."""
+    few = x.shape[0] * x.shape[1] <= MOST_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    serves = few and not torch.is_grad_enabled() and _reads_plainly(linear) and linear.bias is None
+    return linear.weight if serves else None
 
 
 def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`linear(x)`, `(batch, length, hidden_size)` → `(batch, length, vocab_size)`, natively where few rows ask for it."""
-    few = x.shape[0] * x.shape[1] <= MOST_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    head = readable_head(linear) if few and not torch.is_grad_enabled() else None
+    head = head_for(x, linear)
     if head is None:
         return apply_linear(linear, x)
     product = _product if torch.compiler.is_compiling() else few_rows

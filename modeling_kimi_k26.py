@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .configuration_kimi_k26 import KimiK26Config
-from .decoding_kimi_k26 import output_layer
+from .decoding_kimi_k26 import head_for, output_layer
 from .experts_kimi_k26 import KimiK26Router
 from .loading_kimi_k26 import load_mapped, maps_into_memory, read_from_disk_as_stored, refuse_damage
 from .memory_kimi_k26 import release, unsettle
@@ -364,7 +364,7 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
             cache_position=kwargs.pop("cache_position", None),
-            head=None if isinstance(logits_to_keep, torch.Tensor) else self.language_model.lm_head,
+            head=None if isinstance(logits_to_keep, torch.Tensor) else head_for(inputs_embeds, self.language_model.lm_head),
             return_dict=False,
         )
         if logits is None:

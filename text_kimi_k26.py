@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_kimi_k26 import write_latents
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .decoding_kimi_k26 import apply_linear, compiled_decode, linear, native_decoder, readable_head, serves_attention, serves_norm, serves_rotation
+from .decoding_kimi_k26 import apply_linear, compiled_decode, linear, native_decoder, serves_attention, serves_norm, serves_rotation
 from .experts_kimi_k26 import KimiK26Experts, KimiK26MLP, KimiK26MoE, at_least_float32
 from .memory_kimi_k26 import release, settle
 from .native_kimi_k26 import attention, is_plain, norm, rotate
@@ -499,13 +499,13 @@ class KimiK26TextModel(nn.Module):
         """What a [`NativeDecoder`] gives of all layers; `None` where the kernels cannot serve, where somebody looks at single
         layers, or where weights must be read or given back between them."""
         if torch.compiler.is_compiling():
-            return compiled_decode(self, x, rotary, span, past_key_values, readable_head(head))
+            return compiled_decode(self, x, rotary, span, past_key_values, head)
         routing = next((layer.mlp for layer in self.layers if isinstance(layer.mlp, KimiK26MoE)), None)
         resident = routing is None or isinstance(routing.experts, KimiK26Experts) and not routing.experts.store.bounded
         if self.streams or not resident or not all(is_plain(layer) for layer in self.layers):
             return None
         native = native_decoder(self, x, span, past_key_values)
-        return None if native is None else native(x, rotary, span, past_key_values, readable_head(head))
+        return None if native is None else native(x, rotary, span, past_key_values, head)
 
     def forward(
         self,
@@ -518,7 +518,7 @@ class KimiK26TextModel(nn.Module):
         output_hidden_states: bool = False,
         output_router_logits: bool = False,
         cache_position: Optional[torch.Tensor] = None,
-        head: Optional[nn.Linear] = None,
+        head: Optional[torch.Tensor] = None,
         return_dict: bool = True,
     ) -> Union[MoeModelOutputWithPast, tuple]:
         """
@@ -529,7 +529,8 @@ class KimiK26TextModel(nn.Module):
                 where absent. Where neither a mask nor a cache is given, positions that restart begin a new packed
                 sequence, as the library has it.
             cache_position (`torch.Tensor` of shape `(length,)`, *optional*): place of the tokens in the cache.
-            head (`nn.Linear`, *optional*): an output layer that may be computed with the layers, where that is faster.
+            head (`torch.Tensor` of shape `(vocab_size, hidden_size)`, *optional*): weight of an output layer that may be computed with
+                the layers, where that is faster.
             return_dict (`bool`): without it a tuple of the hidden state, the cache, the hidden states, attention weights and router
                 logits that were asked for, and the logits of `head`, or `None` where it is yet to be applied.
         """
