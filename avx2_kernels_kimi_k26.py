@@ -76,6 +76,7 @@ INLINE __m512i _mm512_load_si512(const void* at) { return _mm512_loadu_si512(at)
 INLINE void _mm512_storeu_ps(void* at, __m512 a) { _mm256_storeu_ps((float*)at, a.low); _mm256_storeu_ps((float*)at + 8, a.high); }
 INLINE void _mm512_store_ps(void* at, __m512 a) { _mm512_storeu_ps(at, a); }
 INLINE void _mm512_storeu_si512(void* at, __m512i a) { _mm256_storeu_si256((__m256i*)at, a.low); _mm256_storeu_si256((__m256i*)at + 1, a.high); }
+INLINE void _mm512_store_si512(void* at, __m512i a) { _mm512_storeu_si512(at, a); }
 template <class Vector, class Value> static __attribute__((noinline)) Vector load_some(uint32_t there, const void* at) {
     Value all[sizeof(Vector) / sizeof(Value)] = {};
     for (int i = 0; there; i++, there >>= 1) if (there & 1) all[i] = ((const Value*)at)[i];
