@@ -333,7 +333,7 @@ struct Heads {
 // Keys become integers as they are read: those of a latent have one scale, as they are values too, whose scales are taken into the
 // weights. Both products are those of rows with panels: keys meet the queries, and the heads' weights meet the latents, 32 columns at a time.
 struct Heads {
-    enum { KEYS = 96, PIECE = 256, MOST_KEY = 8191 };
+    enum { KEYS = 96, PIECE = 256, SOON = 16, MOST_KEY = 8191 };  // the third: keys after which one is needed that is asked for now
     static i64 size(const Attention& a) { return a.rank + (a.rope + STRETCH - 1) / STRETCH * STRETCH; }
     static i64 words(const Attention& a) { return size(a) / 2 * PANEL + size(a) / STRETCH * PANEL; }
     struct Bench {
@@ -412,9 +412,13 @@ struct Heads {
         for (i64 block = begin; block < end; block += KEYS) {
             const i64 there = std::min<i64>(end - block, KEYS), stretches = (there + STRETCH - 1) / STRETCH;
             float scale[KEYS] = {};
-            for (i64 k = 0; k < there; k++)
-                scale[k] = take(a, c.latent + row * c.latent_row + (block + k) * c.latent_key, c.rotary + row * c.rotary_row + (block + k) * c.rotary_key,
-                                b.keys + k * key_row);
+            for (i64 k = 0; k < there; k++) {
+                const bf16 *latent = c.latent + row * c.latent_row + (block + k) * c.latent_key, *rotary = c.rotary + row * c.rotary_row + (block + k) * c.rotary_key;
+                const auto nearer = [](const bf16* from, i64 size) { for (i64 i = 0; i < size; i += 32) _mm_prefetch((const char*)(from + i), _MM_HINT_T0); };
+                nearer(latent + SOON * c.latent_key, a.rank);
+                nearer(rotary + SOON * c.rotary_key, a.rope);
+                scale[k] = take(a, latent, rotary, b.keys + k * key_row);
+            }
             turn(a, b, stretches * STRETCH / 2);
             meet({(uint32_t*)queries, (float*)queries + all / 2 * PANEL}, 1, b.keys, (const float*)b.keys + all / 2, there, key_row, all / STRETCH,
                  b.scores, true, LANES);

@@ -247,9 +247,11 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
             for (i64 o = 0; o < hidden; o += PANEL) {
                 if (e + 1 < count) ask_for(team[e + 1].expert->down, o, width);
                 meet(mine.panel, t.expert->down, o, hidden, group, inner, t.rows, inner_row, width, mine.y);
+                const auto sum_of = [&](i64 r, int v) { return sums + pair[r] / f.top_k * hidden + o + v * LANES; };
                 for (i64 r = 0; r < t.rows; r++)
                     for (int v = 0; v < 2; v++) {
-                        float* to = sums + pair[r] / f.top_k * hidden + o + v * LANES;
+                        _mm_prefetch((const char*)sum_of(std::min(r + 8, t.rows - 1), v), _MM_HINT_T0);  // rows lie anywhere
+                        float* to = sum_of(r, v);
                         const __m512 y = rounded16(_mm512_loadu_ps(mine.y + r * PANEL + v * LANES));
                         _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(weights[pair[r]]), y, _mm512_loadu_ps(to)));
                     }

@@ -314,7 +314,7 @@ static __attribute__((noinline)) void meet(Panel w, i64 same, const uint32_t* x,
     }
 }
 
-// Weights that will be needed later: two panels of them, which come nearer a few lines at a time while others are multiplied.
+// Memory that will be needed later, in two parts: it comes nearer a few lines at a time while what is here already is multiplied.
 struct Coming {
     struct { const char *at, *end; } parts[2];
     int turn;
@@ -324,30 +324,30 @@ struct Coming {
     }
 };
 static thread_local Coming coming;
-static void ask_for(Matrix m, i64 from, i64 k) {
-    const char* at = (const char*)m.values + from * row_bytes(m, k);
-    coming.parts[coming.turn ^= 1] = {at, at + PANEL * row_bytes(m, k)};
-}
+static void ask_for(const void* from, i64 bytes) { coming.parts[coming.turn ^= 1] = {(const char*)from, (const char*)from + bytes}; }
+static void ask_for(Matrix m, i64 from, i64 k) { ask_for((const char*)m.values + from * row_bytes(m, k), PANEL * row_bytes(m, k)); }
 
 // The same with a panel's outputs, all or the first sixteen, for any number of rows, whose scales lie apart from their pairs: (rows, PANEL).
-// So many `lines` of what is coming are asked for meanwhile.
+// A few rows meet the whole panel before the next ones, which may come from far. So many `lines` of what is coming are asked for meanwhile.
 static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 rows, i64 row, i64 stretches, float* y, bool fresh,
                  int outputs = PANEL, i64 lines = 0) {
     const i64 pieces = (rows + HEIGHT - 1) / HEIGHT;  // of about as many rows each
-    for (i64 half = 0; half < outputs; half += LANES, w.words += LANES, w.scales += LANES, y += LANES)
-        for (i64 piece = 0; piece < pieces; piece++) {
-            const i64 first = rows * piece / pieces;
-            if (lines) coming.some(lines * LANES / (outputs * pieces) + 1);
-            const auto some = [&](auto count) { meet<count>(w, same, x + first * row, scales + first * row, row, stretches, y + first * PANEL, fresh); };
-            switch (rows * (piece + 1) / pieces - first) {
-                case 1: some(std::integral_constant<int, 1>()); break;
-                case 2: some(std::integral_constant<int, 2>()); break;
-                case 3: some(std::integral_constant<int, 3>()); break;
-                case 4: some(std::integral_constant<int, 4>()); break;
-                case 5: some(std::integral_constant<int, 5>()); break;
-                default: some(std::integral_constant<int, HEIGHT>());
-            }
+    for (i64 piece = 0; piece < pieces; piece++) {
+        const i64 first = rows * piece / pieces;
+        if (lines) coming.some(lines / pieces + 1);
+        const auto some = [&](auto count) {
+            for (int half = 0; half < outputs; half += LANES)
+                meet<count>({w.words + half, w.scales + half}, same, x + first * row, scales + first * row, row, stretches, y + first * PANEL + half, fresh);
+        };
+        switch (rows * (piece + 1) / pieces - first) {
+            case 1: some(std::integral_constant<int, 1>()); break;
+            case 2: some(std::integral_constant<int, 2>()); break;
+            case 3: some(std::integral_constant<int, 3>()); break;
+            case 4: some(std::integral_constant<int, 4>()); break;
+            case 5: some(std::integral_constant<int, 5>()); break;
+            default: some(std::integral_constant<int, HEIGHT>());
         }
+    }
 }
 
 // y[r] = outputs `from` on of a matrix, a panel of them, for all rows.

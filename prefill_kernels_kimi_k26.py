@@ -215,7 +215,11 @@ struct Copied {
         const uint32_t *key = keys + a.n * e.keys * key_row, *value = values + a.n * blocks * value_block;
         for (i64 block = 0; block < a.keys; block += KEYS, key += KEYS * key_row, value += value_block) {
             const i64 there = std::min<i64>(a.keys - block, KEYS), stretches = (there + STRETCH - 1) / STRETCH;
-            meet(mine.queries, 1, key, (const float*)key + size / 2, there, key_row, size / STRETCH, s.scores, true);
+            if (block + KEYS < a.keys) {
+                ask_for(key + KEYS * key_row, KEYS * key_row * sizeof *key);
+                ask_for(value + value_block, value_block * sizeof *value);
+            }
+            meet(mine.queries, 1, key, (const float*)key + size / 2, there, key_row, size / STRETCH, s.scores, true, PANEL, KEYS * key_row / 16);
             hide(a, block, there, stretches * STRETCH, s.scores);
             for (int at = 0; at < QUERIES; at += LANES) {
                 __m512 factor[KEYS / STRETCH];
@@ -231,7 +235,7 @@ struct Copied {
                     _mm512_storeu_ps(read, _mm512_mul_ps(_mm512_loadu_ps(read), shrink));
                 }
             }
-            meet(mine.weights, 1, value, (const float*)value + KEYS / 2, columns, value_row, stretches, s.read, false);
+            meet(mine.weights, 1, value, (const float*)value + KEYS / 2, columns, value_row, stretches, s.read, false, PANEL, value_block / 16);
         }
         return s;
     }
