@@ -414,9 +414,8 @@ struct Heads {
             float scale[KEYS] = {};
             for (i64 k = 0; k < there; k++) {
                 const bf16 *latent = c.latent + row * c.latent_row + (block + k) * c.latent_key, *rotary = c.rotary + row * c.rotary_row + (block + k) * c.rotary_key;
-                const auto nearer = [](const bf16* from, i64 size) { for (i64 i = 0; i < size; i += 32) _mm_prefetch((const char*)(from + i), _MM_HINT_T0); };
-                nearer(latent + SOON * c.latent_key, a.rank);
-                nearer(rotary + SOON * c.rotary_key, a.rope);
+                nearer(latent + SOON * c.latent_key, a.rank * sizeof *latent);
+                nearer(rotary + SOON * c.rotary_key, a.rope * sizeof *rotary);
                 scale[k] = take(a, latent, rotary, b.keys + k * key_row);
             }
             turn(a, b, stretches * STRETCH / 2);

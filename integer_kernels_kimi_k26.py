@@ -14,6 +14,11 @@ INTEGERS = r"""
 enum { PANEL = 32, HEIGHT = 6, STRETCH = 32, DEPTH = 512, MOST_GIVEN = 16383, MOST_WEIGHT = 4095 };
 static const float LEAST = 1e-30f;  // what has no larger value is zero: its scale could not be divided by
 
+// Memory that is needed very soon, all lines at once.
+static inline void nearer(const void* from, i64 bytes) {
+    for (const char *line = (const char*)from, *end = line + bytes; line < end; line += 64) _mm_prefetch(line, _MM_HINT_T0);
+}
+
 // One row of two parts; what is missing at the end is zero.
 static void join(bf16* to, i64 size, const bf16* still, i64 nope, const bf16* turning, i64 rope) {
     memcpy(to, still, nope * sizeof(bf16));
@@ -352,9 +357,8 @@ static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 
 
 // y[r] = outputs `from` on of a matrix, a panel of them, for all rows.
 static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint32_t* x, i64 rows, i64 row, i64 k, float* y) {
-    // All lines at once, in order: filled are eight rows at a time, which memory is slower to answer.
-    const auto at = [&](i64 o) { return (const char*)m.values + o * row_bytes(m, k); };
-    for (const char *line = at(from), *end = at(std::min(from + PANEL, outputs)); line < end; line += 64) _mm_prefetch(line, _MM_HINT_T0);
+    // In order: filled are eight rows at a time, which memory is slower to answer.
+    nearer((const char*)m.values + from * row_bytes(m, k), std::min<i64>(PANEL, outputs - from) * row_bytes(m, k));
     for (i64 begin = 0; begin < k; begin += DEPTH) {
         const i64 end = std::min<i64>(begin + DEPTH, k);
         fill(w, m, from, outputs, begin, end, k, group);
