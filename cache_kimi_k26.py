@@ -18,43 +18,69 @@ BLOCK = 1024  # tokens that are rounded or restored at once, so that little is h
 class GrowingLayer(DynamicLayer):
     """A dynamic layer with room ahead, so that one more token is written in its place instead of copying all.
 
-    `keys` and `values` are views of what is held, as in the library; whoever replaces them (beam search, cropping,
-    repeating) finds a new room made for them at the next token.
+    `keys` and `values` are views of what is held, as in the library, made when somebody asks; whoever replaces them (beam
+    search, cropping, repeating) finds a new room made for them at the next token.
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
         self._room: Optional[tuple[torch.Tensor, torch.Tensor]] = None
+        self._length = 0  # tokens that stand at the beginning of the room
+        self._views: list[Optional[torch.Tensor]] = [None, None]
+        self._replaced = False  # whether somebody has put others in the place of the views
+        super().__init__(*args, **kwargs)
 
-    def extend(self, like: torch.Tensor, widths: tuple[int, int], new: int) -> int:
-        """Let `keys` and `values` cover `new` more tokens, which the caller writes; give back how many there were.
+    def _view(self, which: int) -> Optional[torch.Tensor]:
+        if self._views[which] is None and self._room is not None:
+            self._views[which] = self._room[which].narrow(2, 0, self._length)
+        return self._views[which]
+
+    def _replace(self, which: int, tensor: Optional[torch.Tensor]):
+        self._views[which], self._replaced = tensor, True
+
+    keys = property(lambda self: self._view(0), lambda self, tensor: self._replace(0, tensor))
+    values = property(lambda self: self._view(1), lambda self, tensor: self._replace(1, tensor))
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self._replaced else self._length
+
+    def takes(self, like: torch.Tensor) -> bool:
+        """Whether tokens of rows such as `like`, `(batch, …)`, can follow: of this dtype, in so many rows."""
+        if not self.is_initialized:
+            return True
+        held = self.keys if self._replaced else self._room[0]
+        return self.dtype == like.dtype and held.size(0) == like.size(0)
+
+    def extend(self, like: torch.Tensor, widths: tuple[int, int], new: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Let `keys` and `values` cover `new` more tokens, which the caller writes.
 
         Args:
             like (`torch.Tensor` of shape `(batch, …)`): of the dtype and on the device of what is held.
             widths: of what is held of a latent and of a rotary key.
+
+        Returns:
+            Two tensors `(batch, 1, length or more, width)`, which begin with what is held of the first token, and how many
+            tokens there were.
         """
         if not self.is_initialized:
             self.dtype, self.device = like.dtype, like.device
             self.keys, self.values = (like.new_empty(like.shape[0], 1, 0, width) for width in widths)
             self.is_initialized = True
-        before = self.keys.shape[2]
+        before = self.keys.size(2) if self._replaced else self._length
         if not self._fits(before + new):
             size = before + new + max(64, (before + new) // 8)
             rooms = tuple(new_room(like, (like.shape[0], 1, size, width)) for width in widths)
             for room, held in zip(rooms, (self.keys, self.values)):
                 room[:, :, :before] = held
             self._room = rooms
-        self.keys, self.values = (room[:, :, : before + new] for room in self._room)
-        return before
+        self._length, self._views, self._replaced = before + new, [None, None], False
+        return *self._room, before
 
     def _fits(self, length: int) -> bool:
         """Whether what is held still stands at the beginning of a room with space for `length` tokens."""
-        return self._room is not None and all(
-            is_writable(room)
-            and held.data_ptr() == room.data_ptr()
-            and held.stride() == room.stride()
-            and held.shape[0] == room.shape[0]
-            and length <= room.shape[2]
+        if self._room is None or length > self._room[0].size(2) or not is_writable(self._room[0]):
+            return False
+        return not self._replaced or all(
+            held.data_ptr() == room.data_ptr() and held.stride() == room.stride() and held.shape[0] == room.shape[0]
             for held, room in zip((self.keys, self.values), self._room)
         )
 
@@ -76,9 +102,10 @@ class LatentLayer(GrowingLayer):
         """Append latents `(batch, 1, new, rank)` and rotary keys `(batch, 1, new, rope)`; give back all there are."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)  # gradients need what was, untouched
-        before = self.extend(key_states, (key_states.shape[3], value_states.shape[3]), key_states.shape[2])
-        self.keys[:, :, before:] = key_states
-        self.values[:, :, before:] = value_states
+        new = key_states.shape[2]
+        latents, rotary_keys, before = self.extend(key_states, (key_states.shape[3], value_states.shape[3]), new)
+        latents[:, :, before : before + new] = key_states
+        rotary_keys[:, :, before : before + new] = value_states
         return self.keys, self.values
 
 
@@ -128,7 +155,7 @@ class QuantizedLatentLayer(GrowingLayer):
         groups = rank // math.gcd(rank, SCALE_GROUP)
         # Scales first, and rows of an even length: views as 16 bits must begin at an even byte.
         width = 2 * groups + rank + rank % 2
-        before = self.extend(key_states.new_empty(batch, dtype=torch.int8), (width, 2 * rope), new)
+        *_, before = self.extend(key_states.new_empty(batch, dtype=torch.int8), (width, 2 * rope), new)
         scales, latents = self.keys[..., : 2 * groups].view(half), self.keys[..., 2 * groups : 2 * groups + rank]
         rotary_keys = self.values.view(half)
         for block, source in zip(blocks(before, before + new), blocks(0, new)):

@@ -55,7 +55,8 @@ class Weights:
     def module(self, parent: nn.Module, name: str) -> nn.Module:
         module = parent._modules[name]
         self.fits &= type(module).__name__ in KNOWN
-        self._modules.append((parent._modules, name, module))
+        if all(module is not known for *_, known in self._modules):
+            self._modules.append((parent._modules, name, module))
         return module
 
     def weight(self, parent: nn.Module, module: str, name: str = "weight"):
@@ -98,6 +99,7 @@ class NativeLayer(Weights):
         if self.has_experts:
             self.fits &= [device for device, _ in mlp.experts.shares] == [None]
         self.attention = self._describe_attention(attention)
+        self.widths = attention.rank, attention.rope  # of what a cache holds
         self.feed_forward = self._describe_feed_forward(mlp)
 
     def _describe_attention(self, attention: nn.Module) -> Attention:
@@ -154,15 +156,12 @@ class NativeLayer(Weights):
             described.width = network.gate_proj.out_features
         return described
 
-    def extend(self, cache: Cache, x: torch.Tensor, span) -> "Place":
-        """One more place for each row in the cache of this layer."""
-        layer = layer_of(cache, self.layer.self_attn.layer_idx)
-        if isinstance(layer, LatentLayer):
-            past = layer.extend(x, (self.attention.rank, self.attention.rope), 1)
-        else:
-            past = span.begin
-            count_one(layer)
-        return layer.keys, layer.values, past
+    def extend(self, cache, x: torch.Tensor, span) -> "Place":
+        """One more place for each row in this layer's part of a cache."""
+        if isinstance(cache, LatentLayer):
+            return cache.extend(x, self.widths, 1)
+        count_one(cache)
+        return cache.keys, cache.values, span.begin
 
 
 Place = tuple[torch.Tensor, torch.Tensor, int]  # latents and rotary keys of a layer, and how many tokens are before the new one
@@ -196,6 +195,7 @@ class NativeDecoder:
             self.norm, self.eps = self._looked_at[-1].weight(owner, "norm"), owner.norm.eps
         self.fits = all(part.fits and part.is_current() for part in self._looked_at)
         self.calls = (Layer * len(self.parts))()
+        self._latents = [call.latents for call in self.calls]
         self._turn = threading.Lock()  # for all that a run sets and reads
         self.experts = [part.layer.mlp.experts for part in self.parts if part.has_experts]
         self._next = None  # where the sequence goes on: see `is_current`
@@ -210,34 +210,36 @@ class NativeDecoder:
     def __reduce__(self):
         return type(None), ()  # addresses are no good in a copy
 
-    def is_current(self, keys: Optional[torch.Tensor] = None, past: int = 0) -> bool:
+    def is_current(self, where: Optional[int] = None, past: int = 0) -> bool:
         """Whether the layers are as they were; what happens to single experts is seen at the next prompt.
 
         Where a sequence goes on, one layer is looked at, each at its turn: what is done to all is seen at once. To look at
         all takes a thirtieth of a step, as nothing of them is in the processor's caches any more.
 
         Args:
-            keys, past: of the first layer, how many tokens are before the new one.
+            where: stands for the first layer's part of a cache.
+            past: how many tokens are before the new one.
         """
-        place = None if keys is None else (keys.data_ptr(), past)
-        goes_on = place is not None and place == self._next
-        self._next = None if place is None else (place[0], past + 1)
+        goes_on = where is not None and (where, past) == self._next
+        self._next = where, past + 1
         if not goes_on:
             return all(part.is_current() for part in self._looked_at)
         self._looks += 1
         return self._looked_at[self._looks % len(self._looked_at)].is_current()
 
-    def __call__(self, x: torch.Tensor, rotary, span, past_key_values: Cache, head: Optional[torch.Tensor] = None):
+    def __call__(self, x: torch.Tensor, rotary, span, caches: list, head: Optional[torch.Tensor] = None):
         """
         Args:
             x (`torch.Tensor` of shape `(batch, 1, hidden_size)`): bfloat16.
+            caches: each layer's part of a cache, which has room.
             head (`torch.Tensor` of shape `(vocab_size, hidden_size)`, *optional*): of an output layer that follows the norm.
 
         Returns:
             `x` after the layers (and the norm); the routers' logits of each layer that routes; those of the output layer,
             `(batch, 1, vocab_size)`, or nothing, `(batch, 1, 0)`.
         """
-        return self.run(x, rotary, span.padding, [part.extend(past_key_values, x, span) for part in self.parts], head)
+        places = [part.extend(cache, x, span) for part, cache in zip(self.parts, caches)]
+        return self.run(x, rotary, span.padding, places, head)
 
     def run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place], head: Optional[torch.Tensor] = None):
         """The same where the caches have made room already. Threads that share the model wait for each other here."""
@@ -252,13 +254,13 @@ class NativeDecoder:
         if cos.shape[0] != rows or not (cos.is_contiguous() and sin.is_contiguous()):
             cos, sin = (part.expand(rows, 1, -1).contiguous() for part in rotary)
         padding = None if padding is None else padding.contiguous()
-        for call, (keys, values, past) in zip(self.calls, places):
-            where = call.latents
+        mask, mask_row = (None, 0) if padding is None else (padding.data_ptr(), padding.stride(0))
+        for where, (keys, values, past) in zip(self._latents, places):
             where.latent, where.rotary, where.past = keys.data_ptr(), values.data_ptr(), past
             where.latent_row, _, where.latent_key, _ = keys.stride()
             where.rotary_row, _, where.rotary_key, _ = values.stride()
-            where.mask, where.mask_row = (None, 0) if padding is None else (padding.data_ptr(), padding.stride(0))
-        self._refresh_experts(thorough=self.calls[0].latents.past == 0)
+            where.mask, where.mask_row = mask, mask_row
+        self._refresh_experts(thorough=places[0][2] == 0)
         logits = torch.empty(len(self.experts), rows, self.calls[count - 1].feed_forward.experts)
         scores = x.new_empty(rows, 1, 0 if head is None else head.shape[0])
         step = Step(*addresses(x, middle, normed, cos, sin, logits, weights, chosen), rows=rows)
@@ -302,13 +304,14 @@ class NativeDecoder:
 
 def layers_of(owner: nn.Module):
     """The layers of a text model; or the layer itself."""
-    return owner._modules.get("layers", (owner,))
+    layers = owner._modules.get("layers")
+    return (owner,) if layers is None else layers._modules.values()
 
 
 def has_room(layer, x: torch.Tensor, span) -> bool:
     """Whether the kernels can write one more token of each row into this layer of a cache."""
     if isinstance(layer, LatentLayer):
-        return not layer.is_initialized or layer.dtype == x.dtype and layer.keys.shape[0] == x.shape[0]
+        return layer.takes(x)
     return (
         type(layer) is StaticLayer
         and layer.is_initialized
@@ -318,8 +321,8 @@ def has_room(layer, x: torch.Tensor, span) -> bool:
     )
 
 
-def native_decoder(owner: nn.Module, x: torch.Tensor, span, past_key_values: Cache):
-    """The [`NativeDecoder`] of a text model or of one layer where the kernels can serve this call, else `None`.
+def decode(owner: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cache, head: Optional[torch.Tensor] = None):
+    """What the [`NativeDecoder`] of a text model or of one layer gives where the kernels can serve this call, else `None`.
 
     They serve one new token per row, bfloat16 on the CPU, without gradients, over a growing or a static cache.
 
@@ -341,12 +344,12 @@ def native_decoder(owner: nn.Module, x: torch.Tensor, span, past_key_values: Cac
         or library() is None
     ):
         return None
-    caches = [layer_of(past_key_values, layer.self_attn.layer_idx) for layer in layers_of(owner)]
+    caches = [layer_of(past_key_values, layer.layer_idx) for layer in layers_of(owner)]
     if not all(has_room(cache, x, span) for cache in caches):
         return None
-    if owner.native is None or not owner.native.is_current(caches[0].keys, span.begin):
+    if owner.native is None or not owner.native.is_current(id(caches[0]), span.begin):
         owner.native = NativeDecoder(owner)
-    return owner.native if owner.native.fits else None
+    return owner.native(x, rotary, span, caches, head) if owner.native.fits else None
 
 
 # In a compiled graph all layers are one operation. It is found by a number, as graphs hold tensors and numbers alone; its
@@ -369,7 +372,7 @@ def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[tor
     model, past = _owners[owner], int(at)
     if past >= keys[0].shape[2]:
         raise ValueError(f"the static cache has room for {keys[0].shape[2]} tokens, and one comes at place {past}")
-    if model.native is None or not model.native.is_current(keys[0], past):
+    if model.native is None or not model.native.is_current(keys[0].data_ptr(), past):
         model.native = NativeDecoder(model)
     if not model.native.fits:
         raise RuntimeError("the layers have changed since the model was compiled; compile it again")

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_kimi_k26 import write_latents
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .decoding_kimi_k26 import apply_linear, compiled_decode, linear, native_decoder, serves_attention, serves_norm, serves_rotation
+from .decoding_kimi_k26 import apply_linear, compiled_decode, decode, linear, serves_attention, serves_norm, serves_rotation
 from .experts_kimi_k26 import KimiK26Experts, KimiK26MLP, KimiK26MoE, at_least_float32
 from .memory_kimi_k26 import release, settle
 from .native_kimi_k26 import attention, is_plain, norm, rotate
@@ -99,8 +99,10 @@ class KimiK26RotaryEmbedding(nn.Module):
         device = position_ids.device
         if device not in self._frequencies:
             self._frequencies[device] = self._frequencies[torch.device("cpu")].to(device)
-        angles = position_ids.unsqueeze(-1).float() * self._frequencies[device]
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        angles = position_ids.unsqueeze(-1) * self._frequencies[device]
+        cos, sin = angles.cos(), angles.sin()
+        scaling = self.attention_scaling
+        return (cos, sin) if scaling == 1 else (cos * scaling, sin * scaling)
 
 
 class AttentionSpan:
@@ -426,6 +428,7 @@ class KimiK26DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: KimiK26TextConfig, layer_idx: int):
         super().__init__()
+        self.layer_idx = layer_idx
         self.self_attn = KimiK26Attention(config, layer_idx)
         if config.is_moe_layer(layer_idx):
             self.mlp = KimiK26MoE(config)
@@ -437,9 +440,9 @@ class KimiK26DecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, rotary, span: AttentionSpan, past_key_values=None, output_attentions=False):
         """`(batch, length, hidden_size)` → the same, the attention weights or `None`, the router logits or `None`."""
-        native = None if output_attentions else native_decoder(self, x, span, past_key_values)
+        native = None if output_attentions else decode(self, x, rotary, span, past_key_values)
         if native is not None:
-            x, router_logits, _ = native(x, rotary, span, past_key_values)
+            x, router_logits, _ = native
             return x, None, router_logits[0] if len(router_logits) else None
         out, weights = self.self_attn(self.input_layernorm(x), rotary, span, past_key_values, output_attentions)
         x = x + out
@@ -504,8 +507,7 @@ class KimiK26TextModel(nn.Module):
         resident = routing is None or isinstance(routing.experts, KimiK26Experts) and not routing.experts.store.bounded
         if self.streams or not resident or not all(is_plain(layer) for layer in self.layers):
             return None
-        native = native_decoder(self, x, span, past_key_values)
-        return None if native is None else native(x, rotary, span, past_key_values, head)
+        return decode(self, x, rotary, span, past_key_values, head)
 
     def forward(
         self,
@@ -540,7 +542,8 @@ class KimiK26TextModel(nn.Module):
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if cache_position is None:
-            cache_position = torch.arange(length, device=device) + past
+            known = isinstance(past, int)
+            cache_position = torch.arange(past, past + length, device=device) if known else torch.arange(length, device=device) + past
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         if padding is not None and isinstance(past, int) and padding.shape[1] < past + length:
             raise ValueError(

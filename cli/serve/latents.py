@@ -33,11 +33,11 @@ class RowLayer(LatentLayer):
         seen = slice(end - self.cache.longest, end + ahead)
         self.keys, self.values = (buffer[:rows, :, seen] for buffer in self.buffers)
 
-    def extend(self, like: torch.Tensor, widths: tuple[int, int], new: int) -> int:
+    def extend(self, like: torch.Tensor, widths: tuple[int, int], new: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         if not self.is_initialized:
             self.allocate(like, widths)
         self.look(ahead=new)
-        return self.cache.longest
+        return self.keys, self.values, self.cache.longest
 
 
 class RowCache(Cache):
