@@ -93,7 +93,6 @@ class KimiK26RotaryEmbedding(nn.Module):
         # Not a buffer: it is no part of the checkpoint, and must stay float32 under any cast of the model.
         self._frequencies = {torch.device("cpu"): frequencies.float()}
 
-    @torch.no_grad()
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(batch, length)` positions → cos and sin, each `(batch, length, qk_rope_head_dim / 2)` float32."""
         device = position_ids.device
