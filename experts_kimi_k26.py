@@ -365,15 +365,13 @@ class KimiK26Experts(nn.ModuleList):
         held = {number: self.known.find(number) for number in asked}
         if None in held.values():
             return None
-        found = torch.zeros(len(self), dtype=torch.int64)
-        for number, expert in held.items():
-            found[number] = expert.address
+        found = torch.tensor([held[number].address if number in held else 0 for number in range(len(self))])
         table, parts = found[routing.chosen], []
         for some in (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(x), ROWS_AT_ONCE)):
             given = (part[some].contiguous() for part in (x, routing.weights, routing.chosen, table))
             parts.append(weighted_experts(*given, FeedForward(**self.sizes)))
         self.let_go(held)
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def native(self, number: int) -> NativeExpert | None:
         """An expert for the native kernels, from the store; `None` where it has adapters or hooks, or lies elsewhere."""

@@ -132,7 +132,7 @@ class NativeExpert(Layout):
             tensor.dtype == dtypes[k % len(dtypes)] and tensor.is_contiguous() and tensor.device.type == "cpu"
             for k, tensor in enumerate(tensors)
         )
-        at = [tensor.data_ptr() for tensor in tensors]
+        at = self._at = [tensor.data_ptr() for tensor in tensors]
         at = at if len(at) == 6 else [value for pair in zip(at, (None,) * 3) for value in pair]  # no scales: bfloat16
         self._addresses = NativeAddresses(*at)
         self.address = ctypes.addressof(self._addresses)
@@ -141,7 +141,7 @@ class NativeExpert(Layout):
     def is_current(self) -> bool:
         """Whether the expert's weights are still these."""
         tensors = weights_of(self.expert)
-        return tensors is not None and [t.data_ptr() for t in tensors] == [t.data_ptr() for t in self._memory]
+        return tensors is not None and [t.data_ptr() for t in tensors] == self._at
 
     def drop(self):
         release(self.expert)
