@@ -55,7 +55,7 @@ class Weights:
     def module(self, parent: nn.Module, name: str) -> nn.Module:
         module = parent._modules[name]
         self.fits &= type(module).__name__ in KNOWN
-        if all(module is not known for *_, known in self._modules):
+        if not any(modules is parent._modules and name == known for modules, known, _ in self._modules):  # weight, then bias
             self._modules.append((parent._modules, name, module))
         return module
 

@@ -371,7 +371,7 @@ class KimiK26Experts(nn.ModuleList):
             given = (part[some].contiguous() for part in (x, routing.weights, routing.chosen, table))
             parts.append(weighted_experts(*given, FeedForward(**self.sizes)))
         self.let_go(held)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
 
     def native(self, number: int) -> NativeExpert | None:
         """An expert for the native kernels, from the store; `None` where it has adapters or hooks, or lies elsewhere."""

@@ -1,6 +1,5 @@
 """`KimiK26ForConditionalGeneration`: where text model, vision tower and projector meet; the face for the Auto classes."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Optional, Union
 
@@ -73,12 +72,6 @@ class KimiK26CausalLMOutputWithPast(ModelOutput):
     attentions: Optional[tuple[torch.FloatTensor, ...]] = None
     router_logits: Optional[tuple[torch.FloatTensor, ...]] = None
     image_hidden_states: Optional[torch.FloatTensor] = None
-
-    def __setattr__(self, name, value):
-        # As the library's own, which looks through all fields each time: for one token that takes as long as its embedding.
-        if value is not None and name in self.__dataclass_fields__:
-            OrderedDict.__setitem__(self, name, value)
-        object.__setattr__(self, name, value)
 
 
 class KimiK26PreTrainedModel(PreTrainedModel):

@@ -132,9 +132,9 @@ class NativeExpert(Layout):
             tensor.dtype == dtypes[k % len(dtypes)] and tensor.is_contiguous() and tensor.device.type == "cpu"
             for k, tensor in enumerate(tensors)
         )
-        at = self._at = [tensor.data_ptr() for tensor in tensors]
-        at = at if len(at) == 6 else [value for pair in zip(at, (None,) * 3) for value in pair]  # no scales: bfloat16
-        self._addresses = NativeAddresses(*at)
+        self._at = [tensor.data_ptr() for tensor in tensors]
+        with_scales = self._at if len(tensors) == 6 else [value for at in self._at for value in (at, None)]  # none: bfloat16
+        self._addresses = NativeAddresses(*with_scales)
         self.address = ctypes.addressof(self._addresses)
         self._memory = [tensor.detach() for tensor in tensors]  # stays while the kernels may read it, whatever is put in its place
 

@@ -541,8 +541,7 @@ class KimiK26TextModel(nn.Module):
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if cache_position is None:
-            known = isinstance(past, int)
-            cache_position = torch.arange(past, past + length, device=device) if known else torch.arange(length, device=device) + past
+            cache_position = torch.arange(length, device=device) + past
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         if padding is not None and isinstance(past, int) and padding.shape[1] < past + length:
             raise ValueError(
