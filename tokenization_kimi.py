@@ -2,8 +2,8 @@
 
 Ids run over the byte-pair ranks of the file, then 256 special ids. The special ones that `tokenizer_config.json` names
 (`added_tokens_decoder`) bear those names, the others are `<|reserved_token_ID|>`; tokens a user adds come after them.
-Text goes to tiktoken in pieces as long as it takes, those of a long text at once on all cores, and comes back in one:
-nothing here works token by token, except where the caller asks for tokens as strings.
+Text goes to tiktoken in pieces as long as it takes, those of a long text at once on all cores, and comes back from a table
+of all tokens' bytes: nothing here works token by token, except where the caller asks for tokens as strings.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import PaddingStrategy, TruncationStra
 from transformers.utils import logging
 
 from .chat_kimi import ControlText, Range, describe, is_batch_of_chats, longest_first, render_chats
-from .vocabulary_kimi import SPLIT_PATTERN, printable, read_ranks, spelled, split_long_text, write_ranks
+from .vocabulary_kimi import SPLIT_PATTERN, TokenBytes, printable, read_ranks, spelled, split_long_text, write_ranks
 
 # Version 4 of the library copies from a local folder only those modules that the loaded one names itself.
 from .tool_declaration_kimi import tool_schemas  # noqa: F401
@@ -130,7 +130,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     def _update_total_vocab_size(self):
         super()._update_total_vocab_size()  # the library calls this whenever the added tokens have changed
         known = self._encoding._special_tokens
-        self._late_tokens = {i: t for i, t in self._added_tokens_decoder.items() if i >= self.vocab_size}
+        self._late_tokens = {i: t.content for i, t in self._added_tokens_decoder.items() if i >= self.vocab_size}
+        self._token_bytes = None
         own = [
             token
             for token in self._added_tokens_decoder.values()
@@ -150,12 +151,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return self._tokens[index]
 
     def _special_ids(self) -> set[int]:
-        return {i for i, token in self._added_tokens_decoder.items() if token.special} | set(self.all_special_ids)
-
-    def _without_special(self, ids: list[int]) -> list[int]:
-        skipped = self._special_ids()
-        first = min(skipped, default=0)  # special ids are the last ones, and comparing is faster than looking up
-        return [index for index in ids if index < first or index not in skipped]
+        named = set(self.all_special_ids) - {None}  # None: a name without id, in a tokenizer without [UNK]
+        return named | {index for index, token in self._added_tokens_decoder.items() if token.special}
 
     def convert_ids_to_tokens(self, ids, skip_special_tokens: bool = False) -> str | list[str]:
         """Ids → tokens as strings, one printable character per byte (special and added tokens as they are written)."""
@@ -440,13 +437,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     def _decode(self, token_ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces=None, **kwargs) -> str:
         ids = token_ids if isinstance(token_ids, list) else [token_ids]
         try:
-            if skip_special_tokens:
-                ids = self._without_special(ids)
-            if self._late_tokens and any(index in self._late_tokens for index in ids):
-                data = self._bytes_with_late_tokens(ids)
-            else:
-                data = self._encoding.decode_bytes(ids)
-        except (KeyError, OverflowError, TypeError) as error:
+            data = self._spelling().join(ids, self._special_ids() if skip_special_tokens else frozenset())
+        except (IndexError, OverflowError, TypeError, ValueError) as error:
             for position, index in enumerate(ids):
                 if not isinstance(index, (int, np.integer)):
                     raise TypeError(f"token_ids[{position}] must be an integer, not {describe(index)}") from error
@@ -458,13 +450,12 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         clean = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean else text
 
-    def _bytes_with_late_tokens(self, ids: list[int]) -> bytes:
-        parts, start = [], 0
-        for position, index in enumerate(ids):
-            if index in self._late_tokens:
-                parts += [self._encoding.decode_bytes(ids[start:position]), self._late_tokens[index].content.encode()]
-                start = position + 1
-        return b"".join([*parts, self._encoding.decode_bytes(ids[start:])])
+    def _spelling(self) -> TokenBytes:
+        if self._token_bytes is None:  # made when first needed, as it takes some milliseconds
+            late = [self._late_tokens.get(index) for index in range(self.vocab_size, max(self._late_tokens, default=0) + 1)]
+            names = [token and token.encode() for token in [*self._encoding._special_tokens, *late]]
+            self._token_bytes = TokenBytes([*self._encoding._mergeable_ranks, *names])
+        return self._token_bytes
 
     # ---- Files ----
 

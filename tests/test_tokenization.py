@@ -15,7 +15,7 @@ import transformers
 from transformers import AddedToken, AutoTokenizer, TextStreamer
 
 from kimi_k26.tokenization_kimi import TikTokenTokenizer
-from kimi_k26.vocabulary_kimi import printable, read_ranks, spelled, split_long_text, write_ranks
+from kimi_k26.vocabulary_kimi import TokenBytes, printable, read_ranks, spelled, split_long_text, write_ranks
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -401,9 +401,28 @@ def test_ids_outside_the_vocabulary(tok, bad):
         tok.decode([1.5])
 
 
+def test_ids_between_added_tokens_have_none(tmp_path):
+    folder = make_folder(tmp_path / "vocabulary")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    named = config["added_tokens_decoder"]
+    last = max(map(int, named))
+    named[str(last + 3)] = named[str(last)] | {"content": "<far>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tok = TikTokenTokenizer.from_pretrained(folder)
+    assert tok.decode([65, last + 3, 65]) == "A<far>A"
+    assert tok.decode([65, last, last + 3], skip_special_tokens=True) == "A"
+    tok.unk_token, tok.sep_token = None, "<nowhere>"  # a special token without id is skipped nowhere
+    assert tok.decode([65, last + 3], skip_special_tokens=True) == "A"
+    for index in (last + 1, last + 2, last + 4):
+        for skip in (False, True):
+            with pytest.raises(ValueError, match=rf"\[1\] is {index}"):
+                tok.decode([65, index], skip_special_tokens=skip)
+
+
 @pytest.mark.parametrize("late", [(), ("<new>", "汉")])
-def test_decode_is_the_bytes_of_each_token_one_after_the_other(tok, late):
-    """Ids at random, with and without special tokens and tokens a user added."""
+def test_decode_is_the_bytes_of_each_token_one_after_the_other(tok, late, monkeypatch):
+    """Ids at random, with and without special tokens and tokens a user added; more than are taken at once, too."""
+    monkeypatch.setattr(TokenBytes, "STRIDE", 64)
     tok.add_tokens(list(late))
     if late:
         tok.add_special_tokens({"additional_special_tokens": ["<|late|>"]})
