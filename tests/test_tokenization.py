@@ -14,8 +14,8 @@ import torch
 import transformers
 from transformers import AddedToken, AutoTokenizer, TextStreamer
 
-from kimi_k26.tokenization_kimi import TikTokenTokenizer
-from kimi_k26.vocabulary_kimi import TokenBytes, printable, read_ranks, spelled, split_long_text, write_ranks
+from kimi_k26.tokenization_kimi import TikTokenTokenizer, TokenBytes
+from kimi_k26.vocabulary_kimi import printable, read_ranks, spelled, split_long_text, write_ranks
 
 
 ROOT = Path(__file__).resolve().parents[1]
