@@ -1,4 +1,4 @@
-"""The CPU's kernels of attention: what all kinds of it have in common, and one new token per row over cached latents."""
+"""The CPU's kernels of attention: what all kinds of it have in common, and a few new tokens of each sequence over cached latents."""
 
 ATTENTION = r"""
 // ---------------------------------------------------------------------------------------- attention
@@ -12,12 +12,14 @@ struct Attention {
 struct Latents {  // what a cache holds of one layer: addresses, and strides in elements
     bf16 *latent, *rotary;
     i64 latent_row, latent_key, rotary_row, rotary_key;
-    i64 past;             // keys before the new one
-    const uint8_t* mask;  // null, or (rows, keys): 0 for padding
+    i64 past, tokens;     // keys before the new ones; how many those are. The first sequence's are the first rows of what is computed, and so on
+    const uint8_t* mask;  // null, or (sequences, keys): 0 for padding
     i64 mask_row;
+    i64 sequence(i64 row) const { return row / tokens; }
+    i64 seen(i64 row) const { return past + row % tokens + 1; }  // keys, the token's own the last
 };
 
-struct Keys { i64 row, begin, end; };
+struct Keys { i64 row, begin, end; };  // of a sequence
 
 struct Sums {  // of each query: the largest score, the sum, the weighted values as whoever adds them up has them in order
     float *best, *total, *read;
@@ -443,40 +445,160 @@ struct Heads {
 };
 #endif
 
-// out = x + attention(norm(x)): one new token for each row, whose latent and rotary key are written into the cache.
+struct Queries {  // of tokens: their parts that do not turn and those that have been turned; strides in elements
+    const bf16 *still, *turned;
+    i64 still_row, still_head, turned_row, turned_head;
+};
+
+static const bf16* expansion(const Attention& a, i64 h) { return a.kv_b + h * (a.nope + a.v) * a.rank; }  // of a head's keys; its values' is behind
+
+// What the heads of some tokens read of the latents, as values: the work of one team of threads.
+struct Reader {
+    const Attention& a;
+    const Latents& c;
+    const i64 first, rows, threads;  // of all rows these
+    const i64 groups = (a.heads + LANES - 1) / LANES, most = pieces(c.tokens - 1);  // of heads, one to a lane; pieces of a row's keys
+    bf16 *absorbed, *read16;
+    uint32_t *packed, *benches;  // (rows, groups) and (threads), see `Heads`
+    float *weighed, *counts;     // (threads, WEIGHED, rank), (threads, most, LANES)
+    std::vector<Sums> sums = std::vector<Sums>(rows * groups * most);
+    std::atomic<i64> dealt[3] = {};  // by each phase
+
+    // A row's keys are cut into as many pieces, however many rows there are: its sums are then the same to the last bit in
+    // any company. Some more than few threads, as one of these may be slower; but not too small.
+    i64 pieces(i64 row) const { return std::clamp<i64>(c.seen(row) / Heads::PIECE, threads, std::max<i64>(threads, 8)); }
+    Keys keys_of(i64 unit) const {
+        const i64 row = first + unit / most / groups, n = pieces(row), p = std::min(unit % most, n);
+        return {c.sequence(row), c.seen(row) * p / n, c.seen(row) * std::min(p + 1, n) / n};
+    }
+    void layout() {
+        weighed = arena.take<float>(threads * WEIGHED * a.rank);
+        counts = arena.take<float>(threads * most * LANES);
+        absorbed = arena.take<bf16>(rows * a.heads * a.rank);
+        packed = arena.take<uint32_t>(rows * groups * Heads::words(a));
+        benches = arena.take<uint32_t>(threads * Heads::bench(a));
+        read16 = arena.take<bf16>(rows * a.heads * a.rank);
+        for (Sums& one : sums) one.layout(LANES, a.rank, Heads::KEYS);
+    }
+    // value (rows, heads, v). `then` is what this thread reads afterwards. Turned parts are read after the first barrier.
+    void run(const Queries& q, bf16* value, Ahead then) {
+        const i64 me = omp_get_thread_num(), units = rows * groups * most;
+        uint32_t* bench = benches + me * Heads::bench(a);
+        // The expansion of keys moves into the query: (rows, nope) by (nope, rank) for each head.
+        float* sum = weighed + me * WEIGHED * a.rank;
+        Dealt heads{dealt[0], a.heads, 1};
+        for (Range one = heads.take(), next; !one.none(); one = next) {
+            next = heads.take();
+            const Ahead ahead = next.none() ? Heads::ahead_of(a, c, keys_of(std::min(me, units - 1))) : rows_of(expansion(a, next.begin), a.rank, {0, a.nope});
+            for (i64 from = 0; from < rows; from += WEIGHED) {
+                const i64 some = std::min<i64>(rows - from, WEIGHED), at = from * a.heads + one.begin;
+                const uint32_t* pairs = (const uint32_t*)(q.still + from * q.still_row + one.begin * q.still_head);  // two neighbours: a pair
+                weigh(expansion(a, one.begin), a.rank, a.nope / 2, pairs, q.still_row / 2, some, sum, ahead);
+                for (i64 i = 0; i < some; i++)
+                    for (i64 column = 0; column < a.rank; column += 32)
+                        store_columns(_mm512_loadu_ps(sum + i * a.rank + column), _mm512_loadu_ps(sum + i * a.rank + column + 16),
+                                      absorbed + (at + i * a.heads) * a.rank + column);
+            }
+        }
+        #pragma omp barrier
+        for (Share s(rows * groups); s.begin < s.end; s.begin++) {
+            const i64 r = s.begin / groups, from = s.begin % groups * LANES, some = std::min<i64>(LANES, a.heads - from);
+            const bf16 *still[LANES], *turning[LANES];
+            for (i64 i = 0; i < some; i++) {
+                still[i] = absorbed + (r * a.heads + from + i) * a.rank;
+                turning[i] = q.turned + r * q.turned_row + (from + i) * q.turned_head;
+            }
+            Heads::pack(a, still, turning, some, packed + s.begin * Heads::words(a), bench);
+        }
+        #pragma omp barrier
+        const i64 parts = (a.v + PART - 1) / PART;  // of the values of a head
+        const auto values_of = [&](i64 part) { return rows_of(expansion(a, part / parts) + a.nope * a.rank, a.rank, part_of(part % parts, a.v)); };
+        Dealt dealt_units{dealt[1], units, 1};
+        for (Range one = dealt_units.take(), next; !one.none(); one = next) {
+            next = dealt_units.take();
+            const Ahead ahead = next.none() ? values_of(std::min(me, a.heads * parts - 1)) : Heads::ahead_of(a, c, keys_of(next.begin));
+            if (one.begin % most < pieces(first + one.begin / most / groups))
+                Heads::read(a, c, keys_of(one.begin), ahead, packed + one.begin / most * Heads::words(a), sums[one.begin], bench);
+        }
+        #pragma omp barrier
+        // The pieces become one; then the expansion of values, rank → v for each head.
+        float* count = counts + me * most * LANES;
+        for (Share s(rows * a.heads); s.begin < s.end;) {
+            const i64 r = s.begin / a.heads, group = s.begin % a.heads / LANES, end = std::min(s.end, r * a.heads + std::min((group + 1) * LANES, a.heads));
+            const i64 n = pieces(first + r);
+            const Sums* mine = sums.data() + (r * groups + group) * most;
+            const __m512 never = _mm512_set1_ps(-INFINITY);
+            __m512 top = never, sum = _mm512_setzero_ps();
+            for (i64 p = 0; p < n; p++) top = _mm512_max_ps(top, _mm512_loadu_ps(mine[p].best));
+            top = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps());
+            const auto weight = [&](i64 p) { return exp16(_mm512_sub_ps(_mm512_loadu_ps(mine[p].best), top)); };
+            for (i64 p = 0; p < n; p++) sum = _mm512_fmadd_ps(weight(p), _mm512_loadu_ps(mine[p].total), sum);
+            for (i64 p = 0; p < n; p++)  // what each piece counts for
+                _mm512_storeu_ps(count + p * LANES, _mm512_div_ps(weight(p), _mm512_max_ps(_mm512_set1_ps(1e-30f), sum)));  // in this order NaN stays
+            for (; s.begin < end; s.begin++) {
+                const i64 i = s.begin % a.heads % LANES;
+                for (i64 column = 0; column < a.rank; column += 32) {
+                    __m512 low = _mm512_setzero_ps(), high = low;
+                    for (i64 p = 0; p < n; p++) {
+                        const __m512 factor = _mm512_set1_ps(count[p * LANES + i]);
+                        const float* read = Heads::columns(mine[p], a, i, column);
+                        low = _mm512_fmadd_ps(_mm512_loadu_ps(read), factor, low);
+                        high = _mm512_fmadd_ps(_mm512_loadu_ps(read + 16), factor, high);
+                    }
+                    Heads::store32(low, high, read16 + s.begin * a.rank + column);
+                }
+            }
+        }
+        #pragma omp barrier
+        Dealt dealt_values{dealt[2], a.heads * parts, 1};
+        for (Range one = dealt_values.take(), next; !one.none(); one = next) {
+            next = dealt_values.take();
+            const i64 h = one.begin / parts;
+            linear(expansion(a, h) + a.nope * a.rank, a.rank, read16 + h * a.rank, a.heads * a.rank, rows, part_of(one.begin % parts, a.v),
+                   [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(value + (r * a.heads + h) * a.v + o, y, there); },
+                   next.none() ? then : values_of(next.begin));
+        }
+        #pragma omp barrier
+    }
+};
+
+// What queries read of a cache that holds their own keys already: value (rows, heads, v).
+extern "C" void kimi_read(const Attention* given, const Latents* cache, i64 rows, const Queries* queries, bf16* value, i64 threads) {
+    constexpr i64 AT_ONCE = 32;  // rows: what is held of them is little
+    for (i64 first = 0; first < rows; first += AT_ONCE) {
+        const Queries& q = *queries;
+        Reader reader{*given, *cache, first, std::min(rows - first, AT_ONCE), threads};
+        arena.layout([&] { reader.layout(); });
+        #pragma omp parallel num_threads(threads)
+        {
+            const Tiles tiles;
+            reader.run({q.still + first * q.still_row, q.turned + first * q.turned_row, q.still_row, q.still_head, q.turned_row, q.turned_head},
+                       value + first * given->heads * given->v, {});
+        }
+    }
+}
+
+// out = x + attention(norm(x)): new tokens, whose latents and rotary keys are written into the cache.
 extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64 rows, const bf16* x, const float* cos,
                                const float* sin, bf16* out, i64 threads) {
     const Attention& a = *given;
     const Latents& c = *cache;
-    const i64 head = a.nope + a.rope, keys = c.past + 1;
-    // Each row's keys are cut into as many pieces, however many rows there are: a row's sums are then the same to the last bit in
-    // any company. Some more than few threads, as one of these may be slower; but not too small.
-    const i64 pieces = std::clamp<i64>(keys / Heads::PIECE, threads, std::max<i64>(threads, 8));
-    const i64 groups = (a.heads + LANES - 1) / LANES;  // of heads, one to a lane
-    bf16 *normed, *query_a, *key_value, *query, *absorbed, *turned, *read16, *value;
-    uint32_t *packed, *benches;        // (rows, groups) and (threads), see `Heads`
-    float *weighed, *counts;           // (threads, WEIGHED, rank), (threads, pieces, LANES)
-    std::vector<Sums> sums(rows * groups * pieces);
+    const i64 head = a.nope + a.rope;
+    bf16 *normed, *query_a, *key_value, *query, *turned, *value;
+    Reader reader{a, c, 0, rows, threads};
     arena.layout([&] {
         normed = arena.take<bf16>(rows * a.hidden);
         query_a = arena.take<bf16>(rows * (a.q_lora ? a.q_lora : 1));
         key_value = arena.take<bf16>(rows * (a.rank + a.rope));
         query = arena.take<bf16>(rows * a.heads * head);
-        weighed = arena.take<float>(threads * WEIGHED * a.rank);
-        counts = arena.take<float>(threads * pieces * LANES);
-        absorbed = arena.take<bf16>(rows * a.heads * a.rank);
         turned = arena.take<bf16>(rows * a.heads * a.rope);
-        packed = arena.take<uint32_t>(rows * groups * Heads::words(a));
-        benches = arena.take<uint32_t>(threads * Heads::bench(a));
-        read16 = arena.take<bf16>(rows * a.heads * a.rank);
         value = arena.take<bf16>(rows * a.heads * a.v);
-        for (Sums& one : sums) one.layout(LANES, a.rank, Heads::KEYS);
+        reader.layout();
     });
-    std::atomic<i64> dealt[7] = {};  // by each phase
+    std::atomic<i64> dealt[4] = {};  // by each phase
     #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
-        uint32_t* bench = benches + omp_get_thread_num() * Heads::bench(a);
         for (Share s(rows); s.begin < s.end; s.begin++)
             rms_norm(x + s.begin * a.hidden, a.norm, normed + s.begin * a.hidden, a.hidden, a.eps);
         #pragma omp barrier
@@ -492,99 +614,23 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         }, rows_of(a.q_b, inputs, block));
         #pragma omp barrier
         for (Share s(rows); s.begin < s.end; s.begin++) {
-            const i64 r = s.begin;
+            const i64 r = s.begin, sequence = c.sequence(r), at = c.seen(r) - 1;
             if (a.q_lora) rms_norm(query_a + r * a.q_lora, a.q_a_norm, query_a + r * a.q_lora, a.q_lora, a.latent_eps);
             const bf16* mine = key_value + r * narrow_size;
-            rms_norm(mine, a.kv_a_norm, c.latent + r * c.latent_row + c.past * c.latent_key, a.rank, a.latent_eps);
-            rotate(mine + a.rank, cos + r * a.rope / 2, sin + r * a.rope / 2, c.rotary + r * c.rotary_row + c.past * c.rotary_key, a.rope);
+            rms_norm(mine, a.kv_a_norm, c.latent + sequence * c.latent_row + at * c.latent_key, a.rank, a.latent_eps);
+            rotate(mine + a.rank, cos + r * a.rope / 2, sin + r * a.rope / 2, c.rotary + sequence * c.rotary_row + at * c.rotary_key, a.rope);
         }
         #pragma omp barrier
-        const auto expansion = [&](i64 h) { return a.kv_b + h * (a.nope + a.v) * a.rank; };  // of a head's keys; its values' is behind
         linear(a.q_b, inputs, a.q_lora ? query_a : normed, inputs, rows, Outputs{dealt[2], a.heads * head},
                [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(query + r * a.heads * head + o, y, there); },
-               rows_of(expansion(std::min(me, a.heads - 1)), a.rank, {0, a.nope}));
+               rows_of(expansion(a, std::min(me, a.heads - 1)), a.rank, {0, a.nope}));
         #pragma omp barrier
-        // The expansion of keys moves into the query: (rows, nope) by (nope, rank) for each head.
-        float* sum = weighed + omp_get_thread_num() * WEIGHED * a.rank;
-        const i64 units = rows * groups * pieces;
-        const auto keys_of = [&](i64 unit) { return Keys{unit / pieces / groups, keys * (unit % pieces) / pieces, keys * (unit % pieces + 1) / pieces}; };
-        Dealt heads{dealt[3], a.heads, 1};
-        for (Range one = heads.take(), next; !one.none(); one = next) {
-            next = heads.take();
-            const bf16* w = expansion(one.begin);
-            const Ahead ahead = next.none() ? Heads::ahead_of(a, c, keys_of(std::min(me, units - 1))) : rows_of(expansion(next.begin), a.rank, {0, a.nope});
-            for (i64 first = 0; first < rows; first += WEIGHED) {
-                const i64 some = std::min<i64>(rows - first, WEIGHED), at = first * a.heads + one.begin;
-                const uint32_t* q = (const uint32_t*)(query + at * head);  // two neighbours: a pair
-                weigh(w, a.rank, a.nope / 2, q, a.heads * head / 2, some, sum, ahead);
-                for (i64 i = 0; i < some; i++)
-                    for (i64 column = 0; column < a.rank; column += 32)
-                        store_columns(_mm512_loadu_ps(sum + i * a.rank + column), _mm512_loadu_ps(sum + i * a.rank + column + 16),
-                                      absorbed + (at + i * a.heads) * a.rank + column);
-            }
-        }
         for (Share s(rows * a.heads); s.begin < s.end; s.begin++) {
             const i64 r = s.begin / a.heads;
             rotate(query + s.begin * head + a.nope, cos + r * a.rope / 2, sin + r * a.rope / 2, turned + s.begin * a.rope, a.rope);
         }
-        #pragma omp barrier
-        for (Share s(rows * groups); s.begin < s.end; s.begin++) {
-            const i64 r = s.begin / groups, first = s.begin % groups * LANES, some = std::min<i64>(LANES, a.heads - first);
-            const bf16 *still[LANES], *turning[LANES];
-            for (i64 i = 0; i < some; i++) {
-                still[i] = absorbed + (r * a.heads + first + i) * a.rank;
-                turning[i] = turned + (r * a.heads + first + i) * a.rope;
-            }
-            Heads::pack(a, still, turning, some, packed + s.begin * Heads::words(a), bench);
-        }
-        #pragma omp barrier
-        const i64 parts = (a.v + PART - 1) / PART;  // of the values of a head
-        const auto values_of = [&](i64 part) { return rows_of(expansion(part / parts) + a.nope * a.rank, a.rank, part_of(part % parts, a.v)); };
-        Dealt dealt_units{dealt[4], units, 1};
-        for (Range one = dealt_units.take(), next; !one.none(); one = next) {
-            next = dealt_units.take();
-            const Ahead ahead = next.none() ? values_of(std::min(me, a.heads * parts - 1)) : Heads::ahead_of(a, c, keys_of(next.begin));
-            Heads::read(a, c, keys_of(one.begin), ahead, packed + one.begin / pieces * Heads::words(a), sums[one.begin], bench);
-        }
-        #pragma omp barrier
-        // The pieces become one; then the expansion of values, rank → v for each head.
-        float* count = counts + me * pieces * LANES;
-        for (Share s(rows * a.heads); s.begin < s.end;) {
-            const i64 r = s.begin / a.heads, group = s.begin % a.heads / LANES, end = std::min(s.end, r * a.heads + std::min((group + 1) * LANES, a.heads));
-            const Sums* mine = sums.data() + (r * groups + group) * pieces;
-            const __m512 never = _mm512_set1_ps(-INFINITY);
-            __m512 top = never, sum = _mm512_setzero_ps();
-            for (i64 p = 0; p < pieces; p++) top = _mm512_max_ps(top, _mm512_loadu_ps(mine[p].best));
-            top = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps());
-            const auto weight = [&](i64 p) { return exp16(_mm512_sub_ps(_mm512_loadu_ps(mine[p].best), top)); };
-            for (i64 p = 0; p < pieces; p++) sum = _mm512_fmadd_ps(weight(p), _mm512_loadu_ps(mine[p].total), sum);
-            for (i64 p = 0; p < pieces; p++)  // what each piece counts for
-                _mm512_storeu_ps(count + p * LANES, _mm512_div_ps(weight(p), _mm512_max_ps(_mm512_set1_ps(1e-30f), sum)));  // in this order NaN stays
-            for (; s.begin < end; s.begin++) {
-                const i64 i = s.begin % a.heads % LANES;
-                for (i64 column = 0; column < a.rank; column += 32) {
-                    __m512 low = _mm512_setzero_ps(), high = low;
-                    for (i64 p = 0; p < pieces; p++) {
-                        const __m512 factor = _mm512_set1_ps(count[p * LANES + i]);
-                        const float* read = Heads::columns(mine[p], a, i, column);
-                        low = _mm512_fmadd_ps(_mm512_loadu_ps(read), factor, low);
-                        high = _mm512_fmadd_ps(_mm512_loadu_ps(read + 16), factor, high);
-                    }
-                    Heads::store32(low, high, read16 + s.begin * a.rank + column);
-                }
-            }
-        }
-        #pragma omp barrier
-        Dealt dealt_values{dealt[5], a.heads * parts, 1};
-        for (Range one = dealt_values.take(), next; !one.none(); one = next) {
-            next = dealt_values.take();
-            const i64 h = one.begin / parts;
-            linear(expansion(h) + a.nope * a.rank, a.rank, read16 + h * a.rank, a.heads * a.rank, rows, part_of(one.begin % parts, a.v),
-                   [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(value + (r * a.heads + h) * a.v + o, y, there); },
-                   next.none() ? rows_of(a.o, a.heads * a.v, block) : values_of(next.begin));
-        }
-        #pragma omp barrier
-        linear(a.o, a.heads * a.v, value, a.heads * a.v, rows, Outputs{dealt[6], a.hidden}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        reader.run({query, turned, a.heads * head, head, a.heads * a.rope, a.rope}, value, rows_of(a.o, a.heads * a.v, block));
+        linear(a.o, a.heads * a.v, value, a.heads * a.v, rows, Outputs{dealt[3], a.hidden}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             const i64 at = r * a.hidden + o;
             y = rounded16(a.o_bias ? _mm512_add_ps(y, wide16(a.o_bias + o, there)) : y);
             narrow16(out + at, _mm512_add_ps(wide16(x + at, there), y), there);

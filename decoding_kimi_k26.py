@@ -1,4 +1,4 @@
-"""Where the native kernels take the place of PyTorch's operations: above all one new token per row through a layer."""
+"""Where the native kernels take the place of PyTorch's operations: above all a few new tokens through all layers."""
 
 import ctypes
 import threading
@@ -157,24 +157,24 @@ class NativeLayer(Weights):
         return described
 
     def extend(self, cache, x: torch.Tensor, span) -> "Place":
-        """One more place for each row in this layer's part of a cache."""
+        """Room for the new tokens in this layer's part of a cache."""
         if isinstance(cache, LatentLayer):
-            return cache.extend(x, self.widths, 1)
-        count_one(cache)
+            return cache.extend(x, self.widths, x.shape[1])
+        count(cache, x.shape[1])
         return cache.keys, cache.values, span.begin
 
 
-Place = tuple[torch.Tensor, torch.Tensor, int]  # latents and rotary keys of a layer, and how many tokens are before the new one
+Place = tuple[torch.Tensor, torch.Tensor, int]  # latents and rotary keys of a layer, and how many tokens are before the new ones
 
 
-def count_one(layer: StaticLayer):
-    """Tell a static layer that it holds one token more: transformers 5 counts."""
+def count(layer: StaticLayer, tokens: int):
+    """Tell a static layer that it holds so many tokens more: transformers 5 counts."""
     if hasattr(layer, "cumulative_length"):
-        layer.cumulative_length.add_(1)
+        layer.cumulative_length.add_(tokens)
 
 
 class NativeDecoder:
-    """One new token for each row through decoder layers, in one call of the native kernels.
+    """A few new tokens of each sequence through decoder layers, in one call of the native kernels.
 
     Args:
         owner: a text model, whose last norm follows; or one `KimiK26DecoderLayer`.
@@ -210,18 +210,19 @@ class NativeDecoder:
     def __reduce__(self):
         return type(None), ()  # addresses are no good in a copy
 
-    def is_current(self, where: Optional[int] = None, past: int = 0) -> bool:
+    def is_current(self, where: Optional[int] = None, past: int = 0, new: int = 1) -> bool:
         """Whether the layers are as they were; what happens to single experts is seen at the next prompt.
 
-        Where a sequence goes on, one layer is looked at, each at its turn: what is done to all is seen at once. To look at
-        all takes a thirtieth of a step, as nothing of them is in the processor's caches any more.
+        Where a sequence goes on by one token, one layer is looked at, each at its turn: what is done to all is seen at once. To
+        look at all takes a thirtieth of a step, as nothing of them is in the processor's caches any more.
 
         Args:
             where: stands for the first layer's part of a cache.
-            past: how many tokens are before the new one.
+            past: how many tokens are before the new ones.
+            new: how many those are.
         """
-        goes_on = where is not None and (where, past) == self._next
-        self._next = where, past + 1
+        goes_on = where is not None and new == 1 and (where, past) == self._next
+        self._next = where, past + new
         if not goes_on:
             return all(part.is_current() for part in self._looked_at)
         self._looks += 1
@@ -230,13 +231,13 @@ class NativeDecoder:
     def __call__(self, x: torch.Tensor, rotary, span, caches: list, head: Optional[torch.Tensor] = None):
         """
         Args:
-            x (`torch.Tensor` of shape `(batch, 1, hidden_size)`): bfloat16.
+            x (`torch.Tensor` of shape `(batch, new, hidden_size)`): bfloat16.
             caches: each layer's part of a cache, which has room.
             head (`torch.Tensor` of shape `(vocab_size, hidden_size)`, *optional*): of an output layer that follows the norm.
 
         Returns:
-            `x` after the layers (and the norm); the routers' logits of each layer that routes; those of the output layer,
-            `(batch, 1, vocab_size)`, or nothing, `(batch, 1, 0)`.
+            `x` after the layers (and the norm); the routers' logits of each layer that routes, `(layers, batch * new, experts)`; those
+            of the output layer, `(batch, new, vocab_size)`, or nothing, `(batch, new, 0)`.
         """
         places = [part.extend(cache, x, span) for part, cache in zip(self.parts, caches)]
         return self.run(x, rotary, span.padding, places, head)
@@ -247,22 +248,23 @@ class NativeDecoder:
             return self._run(x, rotary, padding, places, head)
 
     def _run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place], head: Optional[torch.Tensor]):
-        rows, count, threads = x.shape[0], len(self.parts), i64(torch.get_num_threads())
+        (sequences, new), count, threads = x.shape[:2], len(self.parts), i64(torch.get_num_threads())
+        rows = sequences * new
         x = x.clone(memory_format=torch.contiguous_format)
         middle, normed, weights, chosen = self._room(x)
         cos, sin = rotary
-        if cos.shape[0] != rows or not (cos.is_contiguous() and sin.is_contiguous()):
-            cos, sin = (part.expand(rows, 1, -1).contiguous() for part in rotary)
+        if cos.shape[0] != sequences or not (cos.is_contiguous() and sin.is_contiguous()):
+            cos, sin = (part.expand(sequences, new, -1).contiguous() for part in rotary)
         padding = None if padding is None else padding.contiguous()
         mask, mask_row = (None, 0) if padding is None else (padding.data_ptr(), padding.stride(0))
         for where, (keys, values, past) in zip(self._latents, places):
-            where.latent, where.rotary, where.past = keys.data_ptr(), values.data_ptr(), past
+            where.latent, where.rotary, where.past, where.tokens = keys.data_ptr(), values.data_ptr(), past, new
             where.latent_row, _, where.latent_key, _ = keys.stride()
             where.rotary_row, _, where.rotary_key, _ = values.stride()
             where.mask, where.mask_row = mask, mask_row
-        self._refresh_experts(thorough=places[0][2] == 0)
+        self._refresh_experts(thorough=new > 1 or places[0][2] == 0)
         logits = torch.empty(len(self.experts), rows, self.calls[count - 1].feed_forward.experts)
-        scores = x.new_empty(rows, 1, 0 if head is None else head.shape[0])
+        scores = x.new_empty(sequences, new, 0 if head is None else head.shape[0])
         step = Step(*addresses(x, middle, normed, cos, sin, logits, weights, chosen), rows=rows)
         if head is not None:
             step.head, step.scores, step.outputs = head.data_ptr(), scores.data_ptr(), head.shape[0]
@@ -289,7 +291,7 @@ class NativeDecoder:
         """What a step needs for itself: two hidden states, and the weights and choices of all layers. One run uses it after
         the other, as memory that has just come takes longer to get."""
         if self._scratch is None or self._scratch[0].shape != x.shape:
-            pairs = (len(self.experts), x.shape[0], self.calls[len(self.parts) - 1].feed_forward.top_k)
+            pairs = (len(self.experts), x.shape[0] * x.shape[1], self.calls[len(self.parts) - 1].feed_forward.top_k)
             weights, chosen = torch.empty(pairs), torch.empty(pairs, dtype=torch.int64)
             self._scratch = torch.empty_like(x), torch.empty_like(x), weights, chosen
         return self._scratch
@@ -309,7 +311,7 @@ def layers_of(owner: nn.Module):
 
 
 def has_room(layer, x: torch.Tensor, span) -> bool:
-    """Whether the kernels can write one more token of each row into this layer of a cache."""
+    """Whether the kernels can write the new tokens into this layer of a cache."""
     if isinstance(layer, LatentLayer):
         return layer.takes(x)
     return (
@@ -317,21 +319,21 @@ def has_room(layer, x: torch.Tensor, span) -> bool:
         and layer.is_initialized
         and layer.keys.dtype == x.dtype
         and layer.keys.shape[0] == x.shape[0]
-        and span.begin < layer.keys.shape[2]
+        and span.begin + x.shape[1] <= layer.keys.shape[2]
     )
 
 
 def decode(owner: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cache, head: Optional[torch.Tensor] = None):
     """What the [`NativeDecoder`] of a text model or of one layer gives where the kernels can serve this call, else `None`.
 
-    They serve one new token per row, bfloat16 on the CPU, without gradients, over a growing or a static cache.
+    They serve a few new tokens, `(batch, new, hidden_size)`, bfloat16 on the CPU, without gradients, over a growing or a static cache.
 
     Args:
         owner: keeps the decoder between calls, as `native`.
     """
     if (
-        x.shape[1] != 1
-        or x.shape[0] > MOST_ROWS
+        x.shape[0] * x.shape[1] > MOST_ROWS
+        or x.shape[1] > 1 and span.first is None
         or x.dtype != torch.bfloat16
         or x.device.type != "cpu"
         or past_key_values is None
@@ -347,7 +349,7 @@ def decode(owner: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cac
     caches = [layer_of(past_key_values, layer.layer_idx) for layer in layers_of(owner)]
     if not all(has_room(cache, x, span) for cache in caches):
         return None
-    if owner.native is None or not owner.native.is_current(id(caches[0]), span.begin):
+    if owner.native is None or not owner.native.is_current(id(caches[0]), span.begin, x.shape[1]):
         owner.native = NativeDecoder(owner)
     return owner.native(x, rotary, span, caches, head) if owner.native.fits else None
 
@@ -433,7 +435,7 @@ def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_va
     keys, values = [cache.keys for cache in caches], [cache.values for cache in caches]
     out = _operation(x, *rotary, span.query_index, span.padding, keys, values, head, number)
     for cache in caches:
-        count_one(cache)
+        count(cache, 1)
     return out
 
 
@@ -505,6 +507,19 @@ def serves(x: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and library() is not None
+    )
+
+
+def serves_latents(attention: nn.Module, query: torch.Tensor, latent: torch.Tensor, rotary: torch.Tensor, expansion: torch.Tensor) -> bool:
+    """Whether the native kernel can answer queries that [`serves_attention`] lets pass over these latents; see `read_latents`."""
+    widths = attention.rank % INPUTS == attention.nope % 2 == attention.rope % 2 == attention.v_dim % 4 == 0
+    evenly = query.shape[0] == 1 or query.stride(0) == query.shape[2] * query.stride(2)
+    return (
+        widths
+        and evenly
+        and latent.stride(-1) == rotary.stride(-1) == 1
+        and latent.dtype == rotary.dtype == expansion.dtype == query.dtype
+        and expansion.is_contiguous()
     )
 
 

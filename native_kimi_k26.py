@@ -1,6 +1,6 @@
 """The CPU's own kernels: C++ compiled on first use by the machine's compiler, called with plain addresses.
 
-One new token per row through one decoder layer takes PyTorch some hundred small operations; here it is three calls.
+A few new tokens through one decoder layer take PyTorch some hundred small operations; here it is three calls.
 Weights are read where the checkpoint has them: bfloat16 rows, and INT4 words unpacked in registers to integers, the sums
 of whose groups are scaled. Sums are float32, and results are rounded to bfloat16 where the plain path rounds them.
 
@@ -54,10 +54,16 @@ class Latents(ctypes.Structure):
 
     _fields_ = [
         *fields(address, "latent rotary"),
-        *fields(i64, "latent_row latent_key rotary_row rotary_key past"),
+        *fields(i64, "latent_row latent_key rotary_row rotary_key past tokens"),
         *fields(address, "mask"),
         *fields(i64, "mask_row"),
     ]
+
+
+class Queries(ctypes.Structure):
+    """`Queries` of the source: the two parts of queries, and strides in elements."""
+
+    _fields_ = [*fields(address, "still turned"), *fields(i64, "still_row still_head turned_row turned_head")]
 
 
 class Expanded(ctypes.Structure):
@@ -95,7 +101,7 @@ class Layer(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """`Step` of the source: where one new token for each row passes through."""
+    """`Step` of the source: where new tokens, one to a row, pass through."""
 
     _fields_ = [
         *fields(address, "x middle normed cos sin logits weights chosen norm"),
@@ -129,7 +135,7 @@ def load(source: str):
     kernels = compiled("kernels", source, NEEDED, parallel=True, depends=torch.__version__)
     if kernels is None:
         return None
-    for function in ("attention", "prefill", "route", "experts", "many_experts", "dense", "linear", "many_rows", "dequantize", "norm", "rotate"):
+    for function in ("attention", "read", "prefill", "route", "experts", "many_experts", "dense", "linear", "many_rows", "dequantize", "norm", "rotate"):
         getattr(kernels, f"kimi_{function}").restype = None
     kernels.kimi_decode.restype = i64
     return kernels
@@ -201,6 +207,36 @@ def attention(query, turned, key, rotary, value, first: int, mask, scale: float)
         mask = mask.contiguous()
         call.mask, call.mask_row = mask.data_ptr(), mask.stride(0)
     library().kimi_prefill(ctypes.byref(call), i64(torch.get_num_threads()))
+    return out
+
+
+def read_latents(query, turned, latent, rotary, expansion, first: int, mask, scale: float) -> torch.Tensor:
+    """Causal attention of some tokens over cached latents, whose expansion moves into the query and the output.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, queries, heads, nope)`), turned (`(…, rope)`), latent (`(batch, keys or more,
+            rank)`), rotary (`(batch, keys or more, rope)`): bfloat16, the last axis contiguous, queries evenly apart.
+        expansion (`torch.Tensor` of shape `(heads, nope + v, rank)`): bfloat16, contiguous; `rank` a multiple of `INPUTS`, `nope`
+            and `rope` of 2, `v` of 4.
+        first: the place of the first query among the keys.
+        mask (`torch.Tensor` of shape `(batch, keys or more)`, boolean, *optional*): false for padding.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, queries, heads, v)`, bfloat16.
+    """
+    batch, queries, heads, nope = query.shape
+    rank, rope, v = latent.shape[2], rotary.shape[2], expansion.shape[1] - nope
+    out = query.new_empty(batch, queries, heads, v)
+    weights = Attention(kv_b=expansion.data_ptr(), heads=heads, nope=nope, rope=rope, v=v, rank=rank, scale=scale)
+    cache = Latents(latent=latent.data_ptr(), rotary=rotary.data_ptr(), past=first, tokens=queries)
+    cache.latent_row, cache.latent_key, _ = latent.stride()
+    cache.rotary_row, cache.rotary_key, _ = rotary.stride()
+    if mask is not None:
+        mask = mask.contiguous()
+        cache.mask, cache.mask_row = mask.data_ptr(), mask.stride(0)
+    asked = Queries(query.data_ptr(), turned.data_ptr(), *query.stride()[1:3], *turned.stride()[1:3])
+    given = (ctypes.byref(part) for part in (weights, cache))
+    library().kimi_read(*given, i64(batch * queries), ctypes.byref(asked), *addresses(out), i64(torch.get_num_threads()))
     return out
 
 

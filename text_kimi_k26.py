@@ -20,10 +20,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_kimi_k26 import write_latents
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .decoding_kimi_k26 import apply_linear, compiled_decode, decode, linear, serves_attention, serves_norm, serves_rotation
+from .decoding_kimi_k26 import (
+    apply_linear,
+    compiled_decode,
+    decode,
+    linear,
+    serves_attention,
+    serves_latents,
+    serves_norm,
+    serves_rotation,
+)
 from .experts_kimi_k26 import KimiK26Experts, KimiK26MLP, KimiK26MoE, at_least_float32
 from .memory_kimi_k26 import release, settle
-from .native_kimi_k26 import attention, is_plain, norm, rotate
+from .native_kimi_k26 import attention, is_plain, norm, read_latents, rotate
 from .parallel_kimi_k26 import Peers, check_split, local
 from .store_kimi_k26 import ExpertStore
 
@@ -32,7 +41,7 @@ LATENT_NORM_EPS = 1e-6  # of the two norms inside attention; the config has only
 # Elements held at once by one block of scores, and by the expanded keys and values of one block of heads.
 SCORE_BLOCK = 2**25
 EXPANSION_BLOCK = 2**26
-NATIVE_GAIN = 3  # by which the CPU's kernel reads expanded keys faster than PyTorch's products read latents
+NATIVE_GAIN = 2  # by which the CPU's kernels read expanded keys faster than latents
 
 
 class KimiK26RMSNorm(nn.Module):
@@ -284,13 +293,22 @@ class KimiK26Attention(nn.Module):
         query, turning_query = query.transpose(1, 2), turning_query.transpose(1, 2)  # (batch, heads, queries, …)
         given = (query, turning_query, latent, rotary_key, expansion, span)
         natively = not output_attentions and self.config._attn_implementation != "eager" and serves_attention(self, query, span)
-        if query.shape[2] <= (self.few_queries // NATIVE_GAIN if natively else self.few_queries):
+        few = self.are_few(query.shape[2], span.first) if natively else query.shape[2] <= self.few_queries
+        if few and natively and serves_latents(self, query, latent, rotary_key, expansion):
+            out, weights = read_latents(query.transpose(1, 2), turning_query.transpose(1, 2), *given[2:5], span.first, span.padding, self.scaling), None
+        elif few:
             out, weights = self.on_latents(*given, output_attentions)
         elif natively:
             out, weights = self.on_expanded_natively(*given), None
         else:
             out, weights = self.on_expanded(*given, output_attentions)
         return apply_linear(self.o_proj, out.flatten(2)), weights
+
+    def are_few(self, queries: int, past: int) -> bool:
+        """Whether the native kernels answer so many queries faster over latents than over expanded keys: expanding costs as much for a
+        query as for a key, so without a past nothing is saved."""
+        keys, few = past + queries, self.few_queries // NATIVE_GAIN
+        return queries * (few + keys) < few * keys
 
     def on_latents(self, query, turning_query, latent, rotary_key, expansion, span, output_attentions):
         """Attention with the expansion moved into the query and the output; latents are read as they are cached."""
