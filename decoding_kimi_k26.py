@@ -333,7 +333,7 @@ def decode(owner: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cac
     """
     if (
         x.shape[0] * x.shape[1] > MOST_ROWS
-        or x.shape[1] > 1 and span.first is None
+        or not (x.shape[1] == 1 or span.follows)
         or x.dtype != torch.bfloat16
         or x.device.type != "cpu"
         or past_key_values is None
@@ -529,9 +529,10 @@ def serves_attention(attention: nn.Module, query: torch.Tensor, span) -> bool:
     return (
         serves(query)
         and query.stride(-1) == 1
-        and span.first is not None
+        and span.follows
         and span.given is None
         and span.documents is None
+        and (span.padding is None or span.padding.shape[1] >= span.begin + query.shape[2])
         and not (attention.training and attention.config.attention_dropout)
     )
 

@@ -41,7 +41,7 @@ LATENT_NORM_EPS = 1e-6  # of the two norms inside attention; the config has only
 # Elements held at once by one block of scores, and by the expanded keys and values of one block of heads.
 SCORE_BLOCK = 2**25
 EXPANSION_BLOCK = 2**26
-NATIVE_GAIN = 2  # by which the CPU's kernels read expanded keys faster than latents
+NATIVE_GAIN = 1.5  # by which the CPU's kernels read expanded keys faster than latents
 
 
 class KimiK26RMSNorm(nn.Module):
@@ -149,6 +149,13 @@ class AttentionSpan:
     def begin(self) -> int:
         """`query_index[0]`; where it is not known the device is asked."""
         return int(self.query_index[0]) if self.first is None else self.first
+
+    @cached_property
+    def follows(self) -> bool:
+        """Whether the queries are known to stand one after the other; main memory is looked at, another device is not asked."""
+        if self.first is not None or torch.compiler.is_compiling() or self.query_index.device.type != "cpu":
+            return self.first is not None
+        return bool((self.query_index.diff() == 1).all())
 
     def is_causal(self, keys: int) -> bool:
         """Whether the whole pattern is: the last queries of `keys` tokens, each seeing all up to itself."""
@@ -293,9 +300,9 @@ class KimiK26Attention(nn.Module):
         query, turning_query = query.transpose(1, 2), turning_query.transpose(1, 2)  # (batch, heads, queries, …)
         given = (query, turning_query, latent, rotary_key, expansion, span)
         natively = not output_attentions and self.config._attn_implementation != "eager" and serves_attention(self, query, span)
-        few = self.are_few(query.shape[2], span.first) if natively else query.shape[2] <= self.few_queries
+        few = self.are_few(query.shape[2], span.begin) if natively else query.shape[2] <= self.few_queries
         if few and natively and serves_latents(self, query, latent, rotary_key, expansion):
-            out, weights = read_latents(query.transpose(1, 2), turning_query.transpose(1, 2), *given[2:5], span.first, span.padding, self.scaling), None
+            out, weights = read_latents(query.transpose(1, 2), turning_query.transpose(1, 2), *given[2:5], span.begin, span.padding, self.scaling), None
         elif few:
             out, weights = self.on_latents(*given, output_attentions)
         elif natively:
@@ -307,7 +314,7 @@ class KimiK26Attention(nn.Module):
     def are_few(self, queries: int, past: int) -> bool:
         """Whether the native kernels answer so many queries faster over latents than over expanded keys: expanding costs as much for a
         query as for a key, so without a past nothing is saved."""
-        keys, few = past + queries, self.few_queries // NATIVE_GAIN
+        keys, few = past + queries, self.few_queries / NATIVE_GAIN
         return queries * (few + keys) < few * keys
 
     def on_latents(self, query, turning_query, latent, rotary_key, expansion, span, output_attentions):
@@ -341,13 +348,15 @@ class KimiK26Attention(nn.Module):
 
     def on_expanded_natively(self, query, turning_query, latent, rotary_key, expansion, span):
         """Attention over expanded keys and values by the CPU's own kernel, which needs neither joined keys nor padded values."""
-        step = max(1, EXPANSION_BLOCK // (latent.shape[0] * latent.shape[1] * (self.nope + self.v_dim)))
+        seen = span.begin + query.shape[2]  # a static cache is longer
+        latent, rotary_key = latent[:, :seen], rotary_key[:, :seen]
+        step = max(1, EXPANSION_BLOCK // (latent.shape[0] * seen * (self.nope + self.v_dim)))
         query, turning_query, outs = query.transpose(1, 2), turning_query.transpose(1, 2), []
         for start in range(0, self.heads, step):
             some = slice(start, start + step)
             key, value = self.expand(latent, expansion[some])
             given = (query[:, :, some], turning_query[:, :, some], key, rotary_key, value)
-            outs.append(attention(*given, span.first, span.padding, self.scaling))
+            outs.append(attention(*given, span.begin, span.padding, self.scaling))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def on_expanded(self, query, turning_query, latent, rotary_key, expansion, span, output_attentions):

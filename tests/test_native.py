@@ -8,9 +8,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, decoding_kimi_k26, experts_kimi_k26, native_kimi_k26, text_kimi_k26
-from kimi_k26.cache_kimi_k26 import layer_of, write_latents
+from kimi_k26.cache_kimi_k26 import QuantizedLatentCache, layer_of, write_latents
 from kimi_k26.experts_kimi_k26 import Routing
-from kimi_k26.native_kimi_k26 import attention, dequantize, few_rows, library, many_rows
+from kimi_k26.native_kimi_k26 import attention, dequantize, few_rows, library, many_rows, read_latents
 from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
 from kimi_k26.text_kimi_k26 import AttentionSpan, rotate_pairs
 
@@ -346,19 +346,17 @@ def test_float32_and_gradients_take_the_plain_path():
     assert all(layer.native is None for layer in model.language_model.model.layers)
 
 
-@pytest.mark.usefixtures("each_kind")
-@pytest.mark.parametrize("queries, past, batch", [(1, 5, 1), (7, 0, 2), (33, 0, 1), (100, 0, 2), (40, 61, 3), (129, 3, 1)])
-@pytest.mark.parametrize("padded", [False, True])
-def test_attention_over_expanded_keys(queries, past, batch, padded):
-    torch.manual_seed(queries)
-    heads, nope, rope, v, keys = 3, 24, 8, 20, past + queries
+QUERIES = [(1, 5, 1), (7, 0, 2), (33, 0, 1), (100, 0, 2), (40, 61, 3), (129, 3, 1)]
+
+
+def attention_case(queries, past, batch, padded, key, value):
+    """Queries over expanded keys and values: what the kernels are given, which of the answers somebody looks at, and those in float32."""
+    heads, nope, rope, keys = 3, key.shape[-1], 8, past + queries
     query, turned = torch.randn(batch, queries, heads, nope).bfloat16(), torch.randn(batch, queries, heads, rope).bfloat16()
-    key, rotary = torch.randn(batch, keys, heads, nope).bfloat16(), torch.randn(batch, keys, rope).bfloat16()
-    value = torch.randn(batch, keys, heads, v).bfloat16()
+    rotary = torch.randn(batch, keys, rope).bfloat16()
     mask = torch.ones(batch, keys, dtype=torch.bool)
     if padded:
         mask[0, : keys // 3] = False
-    got = attention(query, turned, key, rotary, value, past, mask if padded else None, 0.3)
     scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float())
     scores = (scores + torch.einsum("bqhd,bkd->bhqk", turned.float(), rotary.float())) * 0.3
     visible = torch.arange(keys) <= torch.arange(past, keys)[:, None]
@@ -366,7 +364,84 @@ def test_attention_over_expanded_keys(queries, past, batch, padded):
     weights = scores.masked_fill(~visible, -1e30).softmax(-1)
     want = torch.einsum("bhqk,bkhd->bqhd", weights, value.float())
     seen = visible[:, 0].any(-1)  # a token of the padding sees nothing, and nobody looks at it
+    return query, turned, rotary, mask if padded else None, seen, want
+
+
+@pytest.mark.usefixtures("each_kind")
+@pytest.mark.parametrize("queries, past, batch", QUERIES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_over_expanded_keys(queries, past, batch, padded):
+    torch.manual_seed(queries)
+    key, value = (torch.randn(batch, past + queries, 3, width).bfloat16() for width in (24, 20))
+    query, turned, rotary, mask, seen, want = attention_case(queries, past, batch, padded, key, value)
+    got = attention(query, turned, key, rotary, value, past, mask, 0.3)
     assert error(got[seen], want[seen]) < 0.01 and bool(got.isfinite().all())
+
+
+@pytest.mark.usefixtures("each_kind")
+@pytest.mark.parametrize("queries, past, batch", [*QUERIES, (2, 700, 1)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_over_latents(queries, past, batch, padded):
+    torch.manual_seed(queries)
+    room = torch.randn(batch, past + queries + 5, 64).bfloat16()  # a static cache is longer than what it holds
+    latent, expansion = room[:, : past + queries], torch.randn(3, 24 + 20, 64).bfloat16() / 8
+    key, value = torch.einsum("bkr,hdr->bkhd", latent.float(), expansion.float()).split([24, 20], dim=-1)
+    query, turned, rotary, mask, seen, want = attention_case(queries, past, batch, padded, key, value)
+    got = read_latents(query, turned, room, rotary, expansion, past, mask, 0.3)
+    assert error(got[seen], want[seen]) < 0.015 and bool(got.isfinite().all())
+
+
+@pytest.mark.usefixtures("each_kind")
+@pytest.mark.parametrize("rows, new, past", [(1, 7, 0), (1, 32, 50), (2, 5, 600), (3, 10, 1)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_some_tokens_at_once_are_one_after_the_other(rows, new, past, padded):
+    """To the last bit, in both kinds of caches, whether somebody looks at the layers or not."""
+    model = make({"num_hidden_layers": 3})
+    ids = torch.randint(0, 90, (rows, past + new), generator=torch.Generator().manual_seed(new))
+    mask = torch.ones_like(ids)
+    mask[0, : past // 2] = 1 - padded
+
+    def logits(step, cache, **options):
+        places, given = [past, *range(past + step, past + new + 1, step)], []
+        if past:
+            model(input_ids=ids[:, :past], attention_mask=mask[:, :past], past_key_values=cache)
+        for begin, end in zip(places, places[1:]):
+            natives = model.language_model.model
+            out = model(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, **options)
+            assert natives.native is not None or natives.layers[0].native is not None
+            given.append(out.logits)
+        return torch.cat(given, dim=1)
+
+    with torch.no_grad():
+        want = logits(1, DynamicCache())
+        assert torch.equal(logits(new, DynamicCache()), want)
+        assert torch.equal(logits(new, DynamicCache(), output_hidden_states=True), want)
+        assert torch.equal(logits(new, DynamicCache(), logits_to_keep=1), want[:, -1:])
+        if past:
+            one, some = (StaticCache(config=model.config.text_config, max_cache_len=past + new + 3) for _ in range(2))
+            assert torch.equal(logits(new, some), logits(1, one)) and int(some.get_seq_length()) == past + new
+
+
+def test_short_turns_and_other_caches_take_the_kernels_too(monkeypatch):
+    """Where all layers cannot go in one call, attention over latents is the kernels' all the same."""
+    model = make({"num_experts_per_tok": 8})
+    plain = copy.deepcopy(model).float()
+    ids = torch.randint(0, 90, (2, 90), generator=torch.Generator().manual_seed(0))
+    read = []
+    monkeypatch.setattr(text_kimi_k26, "read_latents", lambda *given: read.append(given[0].shape[1]) or native_kimi_k26.read_latents(*given))
+    with torch.no_grad():
+        for cache in (DynamicCache(), QuantizedLatentCache(model.config)):
+            read.clear()
+            got = [model(input_ids=ids[:, :50], past_key_values=cache).logits]
+            got += [model(input_ids=ids[:, 50:89], past_key_values=cache).logits, model(input_ids=ids[:, 89:], past_key_values=cache).logits]
+            assert read == ([] if type(cache) is DynamicCache else [1, 1])
+            assert error(torch.cat(got, dim=1), plain(input_ids=ids).logits) < 0.05
+        for layer in model.language_model.model.layers:
+            layer.self_attn.few_queries = 1000
+        cache, _ = DynamicCache(), read.clear()
+        got = [model(input_ids=part, past_key_values=cache).logits for part in ids.split(45, dim=1)]
+        assert read == [45, 45]
+        assert error(torch.cat(got, dim=1), plain(input_ids=ids).logits) < 0.02
 
 
 def test_a_prompt_is_read_as_by_the_plain_path():
