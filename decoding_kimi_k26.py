@@ -160,14 +160,14 @@ class NativeLayer(Weights):
         """Room for the new tokens in this layer's part of a cache."""
         if isinstance(cache, LatentLayer):
             return cache.extend(x, self.widths, x.shape[1])
-        count(cache, x.shape[1])
+        count_tokens(cache, x.shape[1])
         return cache.keys, cache.values, span.begin
 
 
 Place = tuple[torch.Tensor, torch.Tensor, int]  # latents and rotary keys of a layer, and how many tokens are before the new ones
 
 
-def count(layer: StaticLayer, tokens: int):
+def count_tokens(layer: StaticLayer, tokens: int):
     """Tell a static layer that it holds so many tokens more: transformers 5 counts."""
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length.add_(tokens)
@@ -435,7 +435,7 @@ def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_va
     keys, values = [cache.keys for cache in caches], [cache.values for cache in caches]
     out = _operation(x, *rotary, span.query_index, span.padding, keys, values, head, number)
     for cache in caches:
-        count(cache, 1)
+        count_tokens(cache, 1)
     return out
 
 

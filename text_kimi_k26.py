@@ -302,7 +302,7 @@ class KimiK26Attention(nn.Module):
         natively = not output_attentions and self.config._attn_implementation != "eager" and serves_attention(self, query, span)
         few = self.are_few(query.shape[2], span.begin) if natively else query.shape[2] <= self.few_queries
         if few and natively and serves_latents(self, query, latent, rotary_key, expansion):
-            out, weights = read_latents(query.transpose(1, 2), turning_query.transpose(1, 2), *given[2:5], span.begin, span.padding, self.scaling), None
+            out, weights = self.on_latents_natively(*given), None
         elif few:
             out, weights = self.on_latents(*given, output_attentions)
         elif natively:
@@ -345,6 +345,11 @@ class KimiK26Attention(nn.Module):
             all_weights.append(weights)
         out = torch.cat(outs, dim=2).transpose(1, 2)
         return out, all_weights[0] if output_attentions else None
+
+    def on_latents_natively(self, query, turning_query, latent, rotary_key, expansion, span):
+        """The same by the CPU's own kernel."""
+        queries = query.transpose(1, 2), turning_query.transpose(1, 2)
+        return read_latents(*queries, latent, rotary_key, expansion, span.begin, span.padding, self.scaling)
 
     def on_expanded_natively(self, query, turning_query, latent, rotary_key, expansion, span):
         """Attention over expanded keys and values by the CPU's own kernel, which needs neither joined keys nor padded values."""
