@@ -444,6 +444,34 @@ def test_short_turns_and_other_caches_take_the_kernels_too(monkeypatch):
         assert error(torch.cat(got, dim=1), plain(input_ids=ids).logits) < 0.02
 
 
+@torch.no_grad()
+def test_what_is_asked_of_a_short_turn_is_what_the_plain_path_gives():
+    """Logits of some places, routers' logits, a loss; and places in a static cache that do not follow one another."""
+    model = make({"num_experts_per_tok": 8})
+    plain = copy.deepcopy(model).float()
+    ids = torch.randint(0, 90, (2, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+
+    def turn(model, cache, places, **options):
+        model(input_ids=ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+        return model(input_ids=ids[:, 20 : 20 + len(places)], attention_mask=mask, past_key_values=cache, cache_position=places, **options)
+
+    def both(make_cache, places, **options):
+        return [turn(each, make_cache(each), torch.tensor(places), **options) for each in (model, plain)]
+
+    for keep in (0, 1, 2, 5, torch.tensor([0, 3])):
+        got, want = both(lambda _: DynamicCache(), range(20, 25), logits_to_keep=keep, output_router_logits=True)
+        assert got.logits.shape == want.logits.shape and error(got.logits, want.logits) < 0.03
+        assert [part.shape for part in got.router_logits] == [part.shape for part in want.router_logits]
+        assert all(error(*parts) < 0.03 for parts in zip(got.router_logits, want.router_logits))
+    got, want = both(lambda _: DynamicCache(), range(20, 26), labels=ids[:, 20:26])
+    assert error(got.loss, want.loss) < 0.01
+    for places in (range(20, 24), [20, 22, 21]):
+        got, want = both(lambda each: StaticCache(config=each.config.text_config, max_cache_len=30), list(places))
+        assert error(got.logits, want.logits) < 0.03
+
+
 def test_a_prompt_is_read_as_by_the_plain_path():
     model = make({"num_experts_per_tok": 8})
     for layer in model.language_model.model.layers:
