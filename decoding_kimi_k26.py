@@ -253,7 +253,7 @@ class NativeDecoder:
         x = x.clone(memory_format=torch.contiguous_format)
         middle, normed, weights, chosen = self._room(x)
         cos, sin = rotary
-        if cos.shape[0] != sequences or not (cos.is_contiguous() and sin.is_contiguous()):
+        if cos.shape[:2] != x.shape[:2] or not (cos.is_contiguous() and sin.is_contiguous()):
             cos, sin = (part.expand(sequences, new, -1).contiguous() for part in rotary)
         padding = None if padding is None else padding.contiguous()
         mask, mask_row = (None, 0) if padding is None else (padding.data_ptr(), padding.stride(0))
@@ -320,6 +320,7 @@ def has_room(layer, x: torch.Tensor, span) -> bool:
         and layer.keys.dtype == x.dtype
         and layer.keys.shape[0] == x.shape[0]
         and span.begin + x.shape[1] <= layer.keys.shape[2]
+        and int(getattr(layer, "cumulative_length", span.begin)) == span.begin  # transformers 5 writes where it has counted to
     )
 
 
@@ -332,16 +333,17 @@ def decode(owner: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cac
         owner: keeps the decoder between calls, as `native`.
     """
     if (
-        x.shape[0] * x.shape[1] > MOST_ROWS
-        or not (x.shape[1] == 1 or span.follows)
+        torch.compiler.is_compiling()
+        or not 0 < x.shape[0] * x.shape[1] <= MOST_ROWS
         or x.dtype != torch.bfloat16
         or x.device.type != "cpu"
         or past_key_values is None
         or owner.training
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or span.given is not None
         or span.documents is not None
+        or not span.knows_padding(*x.shape[:2])
+        or not (x.shape[1] == 1 or span.follows)
         or _has_any_global_hook()
         or library() is None
     ):
@@ -374,6 +376,8 @@ def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[tor
     model, past = _owners[owner], int(at)
     if past >= keys[0].shape[2]:
         raise ValueError(f"the static cache has room for {keys[0].shape[2]} tokens, and one comes at place {past}")
+    if padding is not None and (padding.shape[0] != x.shape[0] or padding.shape[1] <= past):
+        raise ValueError(f"attention_mask is {tuple(padding.shape)}, but {x.shape[0]} sequences have {past + 1} tokens")
     if model.native is None or not model.native.is_current(keys[0].data_ptr(), past):
         model.native = NativeDecoder(model)
     if not model.native.fits:
@@ -523,16 +527,17 @@ def serves_latents(attention: nn.Module, query: torch.Tensor, latent: torch.Tens
     )
 
 
-def serves_attention(attention: nn.Module, query: torch.Tensor, span) -> bool:
-    """Whether the native kernel can answer these queries over expanded keys: bfloat16 on the CPU, without gradients,
-    each query seeing all up to itself but padding."""
+def serves_attention(attention: nn.Module, query: torch.Tensor, keys: int, span) -> bool:
+    """Whether the native kernels can answer these queries, `(batch, heads, queries, nope)`, over so many keys: bfloat16 on the
+    CPU, without gradients, each query seeing all up to itself but padding."""
     return (
         serves(query)
         and query.stride(-1) == 1
-        and span.follows
         and span.given is None
         and span.documents is None
-        and (span.padding is None or span.padding.shape[1] >= span.begin + query.shape[2])
+        and span.knows_padding(query.shape[0], query.shape[2])
+        and span.follows
+        and span.begin + query.shape[2] <= keys  # some caches give the last ones alone
         and not (attention.training and attention.config.attention_dropout)
     )
 

@@ -354,7 +354,7 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
             inputs_embeds = self.put_media(inputs_embeds, where, media_features[media_index[where]])
         self._warn_past_the_end(inputs_embeds.shape[1], position_ids, past_key_values)
 
-        all_logits = isinstance(logits_to_keep, int) and not 0 < logits_to_keep < inputs_embeds.shape[1]
+        all_logits = isinstance(logits_to_keep, int) and (logits_to_keep == 0 or logits_to_keep >= inputs_embeds.shape[1])
         x, past_key_values, hidden_states, attentions, router_logits, logits = self.language_model.model(
             inputs_embeds,
             attention_mask=attention_mask,

@@ -153,9 +153,14 @@ class AttentionSpan:
     @cached_property
     def follows(self) -> bool:
         """Whether the queries are known to stand one after the other; main memory is looked at, another device is not asked."""
-        if self.first is not None or torch.compiler.is_compiling() or self.query_index.device.type != "cpu":
+        if torch.compiler.is_compiling() or self.query_index.device.type != "cpu":
             return self.first is not None
-        return bool((self.query_index.diff() == 1).all())
+        places = torch.arange(self.begin, self.begin + len(self.query_index))
+        return torch.equal(self.query_index, places)
+
+    def knows_padding(self, batch: int, queries: int) -> bool:
+        """Whether it is known of each key up to these queries' own whether it is padding."""
+        return self.padding is None or self.padding.shape[0] == batch and self.padding.shape[1] >= self.begin + queries
 
     def is_causal(self, keys: int) -> bool:
         """Whether the whole pattern is: the last queries of `keys` tokens, each seeing all up to itself."""
@@ -299,7 +304,7 @@ class KimiK26Attention(nn.Module):
         expansion = current_weight(self.kv_b_proj).unflatten(0, (self.heads, -1))  # (heads, nope + v_dim, rank)
         query, turning_query = query.transpose(1, 2), turning_query.transpose(1, 2)  # (batch, heads, queries, …)
         given = (query, turning_query, latent, rotary_key, expansion, span)
-        natively = not output_attentions and self.config._attn_implementation != "eager" and serves_attention(self, query, span)
+        natively = not output_attentions and self.config._attn_implementation != "eager" and serves_attention(self, query, latent.shape[1], span)
         few = self.are_few(query.shape[2], span.begin) if natively else query.shape[2] <= self.few_queries
         if few and natively and serves_latents(self, query, latent, rotary_key, expansion):
             out, weights = self.on_latents_natively(*given), None

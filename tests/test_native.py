@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, decoding_kimi_k26, experts_kimi_k26, native_kimi_k26, text_kimi_k26
 from kimi_k26.cache_kimi_k26 import QuantizedLatentCache, layer_of, write_latents
@@ -460,7 +461,7 @@ def test_what_is_asked_of_a_short_turn_is_what_the_plain_path_gives():
     def both(make_cache, places, **options):
         return [turn(each, make_cache(each), torch.tensor(places), **options) for each in (model, plain)]
 
-    for keep in (0, 1, 2, 5, torch.tensor([0, 3])):
+    for keep in (0, 1, 2, 5, -2, torch.tensor([0, 3])):
         got, want = both(lambda _: DynamicCache(), range(20, 25), logits_to_keep=keep, output_router_logits=True)
         assert got.logits.shape == want.logits.shape and error(got.logits, want.logits) < 0.03
         assert [part.shape for part in got.router_logits] == [part.shape for part in want.router_logits]
@@ -470,6 +471,41 @@ def test_what_is_asked_of_a_short_turn_is_what_the_plain_path_gives():
     for places in (range(20, 24), [20, 22, 21]):
         got, want = both(lambda each: StaticCache(config=each.config.text_config, max_cache_len=30), list(places))
         assert error(got.logits, want.logits) < 0.03
+
+
+@torch.no_grad()
+def test_what_the_kernels_must_not_read_the_plain_path_does():
+    """Masks and positions of other shapes, places that are not the next ones, caches that hold a window, no tokens at all."""
+    model = make({"num_experts_per_tok": 8})
+    plain = copy.deepcopy(model).float()
+    ids = torch.randint(0, 90, (2, 80), generator=torch.Generator().manual_seed(0))
+    text = model.config.text_config
+
+    def same(past, make_cache=DynamicCache, count=4, rows=2, **options):
+        answers = []
+        for each in (model, plain):
+            cache = make_cache()
+            each(input_ids=ids[:rows, :past], past_key_values=cache)
+            answers.append(each(input_ids=ids[:rows, past : past + count], past_key_values=cache, **options).logits)
+        assert error(*answers) < 0.03
+
+    static = functools.partial(StaticCache, config=text, max_cache_len=40)
+    mask = torch.ones(1, 14, dtype=torch.long)
+    mask[0, :3] = 0
+    same(10, attention_mask=mask)  # of one row for two
+    same(10, attention_mask=mask, rows=1)
+    same(10, position_ids=torch.full((1, 1), 10), rows=1)
+    for places in (range(6, 10), range(14, 18), [10, 12, 13, 14], [12, 11, 10, 9]):
+        same(10, cache_position=torch.tensor(list(places)))
+    for at in (6, 14):
+        same(10, static, cache_position=torch.arange(at, at + 4))
+        same(10, static, count=1, cache_position=torch.tensor([at]))
+    for chunk in (1, 4, 10):
+        same(50, lambda: Cache(layers=[DynamicSlidingWindowLayer(sliding_window=40) for _ in range(2)]), count=chunk)
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        model(input_ids=ids[:, :0], past_key_values=model(input_ids=ids[:, :5]).past_key_values)
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    assert error(compiled(input_ids=ids[:, :5], use_cache=False).logits, plain(input_ids=ids[:, :5]).logits) < 0.03
 
 
 def test_a_prompt_is_read_as_by_the_plain_path():
