@@ -104,8 +104,7 @@ class NativeLayer(Weights):
 
     def _describe_attention(self, attention: nn.Module) -> Attention:
         config = attention.config
-        self.fits &= config.hidden_size % INPUTS == attention.rank % INPUTS == 0
-        self.fits &= attention.nope % 2 == attention.rope % 2 == attention.v_dim % 4 == 0
+        self.fits &= config.hidden_size % INPUTS == 0 and knows_widths(attention)
         described = Attention(
             norm=self.weight(self.layer, "input_layernorm"),
             kv_a=self.weight(attention, "kv_a_proj_with_mqa"),
@@ -514,12 +513,16 @@ def serves(x: torch.Tensor) -> bool:
     )
 
 
+def knows_widths(attention: nn.Module) -> bool:
+    """Whether the kernels that read latents know the widths of these heads."""
+    return attention.rank % INPUTS == attention.nope % 2 == attention.rope % 2 == attention.v_dim % 4 == 0
+
+
 def serves_latents(attention: nn.Module, query: torch.Tensor, latent: torch.Tensor, rotary: torch.Tensor, expansion: torch.Tensor) -> bool:
     """Whether the native kernel can answer queries that [`serves_attention`] lets pass over these latents; see `read_latents`."""
-    widths = attention.rank % INPUTS == attention.nope % 2 == attention.rope % 2 == attention.v_dim % 4 == 0
     evenly = query.shape[0] == 1 or query.stride(0) == query.shape[2] * query.stride(2)
     return (
-        widths
+        knows_widths(attention)
         and evenly
         and latent.stride(-1) == rotary.stride(-1) == 1
         and latent.dtype == rotary.dtype == expansion.dtype == query.dtype
