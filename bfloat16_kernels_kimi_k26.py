@@ -7,6 +7,30 @@ A value keeps 15 bits and a sign of the largest of its 32, which is more than bf
 """
 
 BFLOAT16 = r"""
+// ---------------------------------------------------------------------------------------- few rows
+
+// y[r][o] = w[o] . x[r], one row of w after the other: memory is fastest where it is read as it lies.
+// Each has two sums, of every other line, which do not wait for each other, where registers hold them for all rows.
+template <int O, int R> static inline void dots(const bf16* w, const bf16* const* x, i64 k, float (*y)[BLOCK]) {
+    constexpr int PARTS = ROWS * 4 > REGISTERS ? 1 : 2;
+    __m512 sum[R][O];
+    #pragma GCC unroll 4
+    for (int o = 0; o < O; o++, w += k) {
+        __m512 part[R][PARTS];
+        for (int r = 0; r < R; r++) for (int n = 0; n < PARTS; n++) part[r][n] = _mm512_setzero_ps();
+        const auto meet = [&](i64 i, int n, __mmask32 there) {
+            ask_ahead(w + i);
+            const __m512bh weight = load32(w + i, there);
+            for (int r = 0; r < R; r++) part[r][n] = _mm512_dpbf16_ps(part[r][n], weight, load32(x[r] + i, there));
+        };
+        i64 i = 0;
+        for (; i + 32 * PARTS <= k; i += 32 * PARTS) for (int n = 0; n < PARTS; n++) meet(i + 32 * n, n, ~0u);
+        for (; i < k; i += 32) meet(i, 0, first32(k - i));
+        for (int r = 0; r < R; r++) sum[r][o] = PARTS == 1 ? part[r][0] : _mm512_add_ps(part[r][0], part[r][1]);
+    }
+    settle<O, R>(sum, y);
+}
+
 // ---------------------------------------------------------------------------------------- INT4 words and few rows
 
 // A spread row has the values themselves, then units of 128 inputs, which is what a line of INT4 words has: of each 32 values the largest

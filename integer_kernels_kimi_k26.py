@@ -55,6 +55,68 @@ static inline float to_integers(const __m512i& x, __m512i& to) {
     return scale;
 }
 
+// ---------------------------------------------------------------------------------------- few rows
+
+// y[r][o] of neighbouring outputs, whose sums are eight lanes: see the other `settle`.
+template <int O, int R> static inline void settle(const __m256 (&sum)[R][O], float (*y)[BLOCK]) {
+    for (int r = 0; r < R; r++) {
+        const auto of = [&](int o) { return o < O ? sum[r][o] : _mm256_setzero_ps(); };
+        const __m256 fours = _mm256_hadd_ps(_mm256_hadd_ps(of(0), of(1)), _mm256_hadd_ps(of(2), of(3)));
+        const __m128 all = _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1));
+        memcpy(y[r], &all, O * sizeof(float));
+    }
+}
+
+// sum[p][n][r] += products of some neighbouring rows of w and of x, in float32: of even lines of values (p = 0), of odd ones or of both.
+template <int N, int R, int FIRST, int LAST>
+static inline void add_up(const bf16* w, const bf16* const* x, i64 k, i64 begin, i64 end, __m256 (&sum)[2][N][R]) {
+    __m256 part[LAST - FIRST][N][R];  // in registers
+    for (int p = FIRST; p < LAST; p++) for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) part[p - FIRST][n][r] = sum[p][n][r];
+    const auto meet = [&](i64 i, int p, auto load) {
+        __m256 first[N], second[N];
+        for (int n = 0; n < N; n++) {
+            const __m256i pairs = load(w + n * k + i);
+            first[n] = first_of(pairs); second[n] = second_of(pairs);
+        }
+        for (int r = 0; r < R; r++) {
+            const __m256i pairs = load(x[r] + i);
+            for (int n = 0; n < N; n++) part[p - FIRST][n][r] = _mm256_fmadd_ps(first[n], first_of(pairs), part[p - FIRST][n][r]);
+            for (int n = 0; n < N; n++) part[p - FIRST][n][r] = _mm256_fmadd_ps(second[n], second_of(pairs), part[p - FIRST][n][r]);
+        }
+    };
+    const auto line = [&](i64 i, int p) {
+        for (i64 at = i; at < i + 32; at += 16) meet(at, p, [](const bf16* x) { return _mm256_loadu_si256((const __m256i*)x); });
+    };
+    i64 i = begin;
+    for (; i + 64 <= end; i += 64) {
+        for (int n = FIRST * N / 2; n < LAST * N / 2; n++) for (int p = 0; p < 2; p++) ask_ahead(w + (N - 1 + n) * k + i + 32 * p);
+        for (int p = FIRST; p < LAST; p++) line(i + 32 * p, p);
+    }
+    if (FIRST == 0) for (; i < end; i += 16) meet(i, 0, [&](const bf16* at) { return _mm256_maskz_loadu_epi16(first16(end - i), at); });
+    for (int p = FIRST; p < LAST; p++) for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) sum[p][n][r] = part[p - FIRST][n][r];
+}
+
+// y[r][o] = w[o] . x[r]. Of one row of x, memory is fastest where w is read as it lies; of more, two rows of w share what x is turned to.
+// What registers do not hold at once comes one after the other, while the values are near.
+template <int O, int R> static inline void dots(const bf16* w, const bf16* const* x, i64 k, float (*y)[BLOCK]) {
+    constexpr int N = O < 2 || R < 2 ? 1 : 2, NEAR = 512;
+    __m256 total[R][O];
+    #pragma GCC unroll 4
+    for (int o = 0; o < O; o += N, w += N * k) {
+        __m256 sum[2][N][R];
+        for (auto& part : sum) for (auto& row : part) for (auto& one : row) one = _mm256_setzero_ps();
+        if (2 * N * R <= 8) add_up<N, R, 0, 2>(w, x, k, 0, k, sum);
+        else
+            for (i64 begin = 0; begin < k; begin += NEAR) {
+                const i64 end = std::min<i64>(begin + NEAR, k);
+                add_up<N, R, 0, 1>(w, x, k, begin, end, sum);
+                add_up<N, R, 1, 2>(w, x, k, begin, end, sum);
+            }
+        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) total[r][o + n] = _mm256_add_ps(sum[0][n][r], sum[1][n][r]);
+    }
+    settle<O, R>(total, y);
+}
+
 // ---------------------------------------------------------------------------------------- INT4 words and few rows
 
 // A spread row has the values themselves, then units of 64 inputs, which a line of INT4 words has in two halves of one group or more:
@@ -93,16 +155,6 @@ static void complete(bf16* row, i64 k) {  // once the values are there
         unit.less = _mm256_setr_epi32(less[0], 0, 0, 0, less[1], 0, 0, 0);
         unit.scale = _mm256_setr_ps(scale[0], scale[0], scale[0], scale[0], scale[1], scale[1], scale[1], scale[1]);
         memcpy(to, &unit, sizeof unit);
-    }
-}
-
-// y[r][o] of neighbouring outputs, whose sums are eight lanes: see the other `settle`.
-template <int O, int R> static inline void settle(const __m256 (&sum)[R][O], float (*y)[BLOCK]) {
-    for (int r = 0; r < R; r++) {
-        const auto of = [&](int o) { return o < O ? sum[r][o] : _mm256_setzero_ps(); };
-        const __m256 fours = _mm256_hadd_ps(_mm256_hadd_ps(of(0), of(1)), _mm256_hadd_ps(of(2), of(3)));
-        const __m128 all = _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1));
-        memcpy(y[r], &all, O * sizeof(float));
     }
 }
 

@@ -156,28 +156,6 @@ static inline Ahead rows_of(const bf16* w, i64 k, Range outputs) { return {w + o
 enum { AHEAD = 6144 };  // bytes: weights are asked for so long before they are needed, as memory is slow to answer
 static inline void ask_ahead(const void* at) { _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T1); }
 
-// y[r][o] = w[o] . x[r] for `O` neighbouring rows of w, one after the other: memory is fastest where it is read as it lies.
-// Each has two sums, of every other line, which do not wait for each other, where registers hold them for all rows.
-template <int O, int R> static inline void dots(const bf16* w, const bf16* const* x, i64 k, float (*y)[BLOCK]) {
-    constexpr int PARTS = ROWS * 4 > REGISTERS ? 1 : 2;
-    __m512 sum[R][O];
-    #pragma GCC unroll 4
-    for (int o = 0; o < O; o++, w += k) {
-        __m512 part[R][PARTS];
-        for (int r = 0; r < R; r++) for (int n = 0; n < PARTS; n++) part[r][n] = _mm512_setzero_ps();
-        const auto meet = [&](i64 i, int n, __mmask32 there) {
-            ask_ahead(w + i);
-            const __m512bh weight = load32(w + i, there);
-            for (int r = 0; r < R; r++) part[r][n] = _mm512_dpbf16_ps(part[r][n], weight, load32(x[r] + i, there));
-        };
-        i64 i = 0;
-        for (; i + 32 * PARTS <= k; i += 32 * PARTS) for (int n = 0; n < PARTS; n++) meet(i + 32 * n, n, ~0u);
-        for (; i < k; i += 32) meet(i, 0, first32(k - i));
-        for (int r = 0; r < R; r++) sum[r][o] = PARTS == 1 ? part[r][0] : _mm512_add_ps(part[r][0], part[r][1]);
-    }
-    settle<O, R>(sum, y);
-}
-
 // A weight: bfloat16, or INT4 words with a scale for each `group` inputs.
 struct Matrix {
     const void* values;
@@ -185,13 +163,17 @@ struct Matrix {
 };
 static inline i64 row_bytes(Matrix m, i64 k) { return m.scales ? k / 2 : k * 2; }  // of the values of one output
 
+// y[r][o] = w[o] . x[r] for `O` neighbouring rows of w.
+template <int O, int R> static inline void dots(const bf16* w, const bf16* const* x, i64 k, float (*y)[BLOCK]);
 // The same for INT4 words, and rows that are spread for them: see `complete`.
 template <int O, int R>
 static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]);
 
+enum { MOST = 32 };  // rows that meet weights together, which come from memory once: as many as are called few
+
 // y[r][o - from] = m[o] . x[r] for outputs `from` to `to`, a block at most.
 template <int R> static void product(Matrix m, i64 from, i64 to, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {
-    constexpr int SOME = R <= 4 ? 4 : 2;  // outputs whose sums make one vector
+    constexpr int COUNT = R <= 4 ? 4 : 2;  // outputs whose sums make one vector
     i64 o = from;
     const auto next = [&](auto count) {
         float (*to)[BLOCK] = (float (*)[BLOCK])(&y[0][o - from]);
@@ -199,48 +181,48 @@ template <int R> static void product(Matrix m, i64 from, i64 to, const bf16* con
         else dots<count, R>((const bf16*)m.values + o * k, x, k, to);
         o += count;
     };
-    while (o + SOME <= to) next(std::integral_constant<int, SOME>());
+    while (o + COUNT <= to) next(std::integral_constant<int, COUNT>());
     while (o < to) next(std::integral_constant<int, 1>());
 }
 
-// `sink(o, r, y, there)` gets y = m[o …] . x[r] of a block of outputs at a time, of which those exist that are `there`. Any
-// number of rows; spread ones for INT4 words. A row has the same results in any company.
+// `sink(o, r, y, there)` gets y = m[o …] . x[r] of a block of outputs at a time, of which those exist that are `there`. Up to
+// `MOST` rows; spread ones for INT4 words. A row has the same results in any company.
 template <class F> static void products(Matrix m, i64 from, i64 to, const bf16* const* x, i64 rows, i64 k, i64 group, F sink) {
-    float y[2][ROWS][BLOCK] = {};
-    struct { i64 o, r, some; } now, before = {from, 0, 0};
-    int turn = 0;
-    const auto give = [&](const auto& done, auto* sums) {
-        for (i64 i = 0; i < done.some; i++) sink(done.o, done.r + i, _mm512_loadu_ps(sums[i]), first16(to - done.o));
+    const i64 some = rows > ROWS ? 4 : BLOCK;  // outputs that all rows meet before the next ones
+    float sums[2][MOST][BLOCK];
+    const auto give = [&](i64 o, float (*y)[BLOCK]) {
+        for (i64 r = 0; r < rows; r++) sink(o, r, _mm512_loadu_ps(y[r]), first16(to - o));
     };
-    for (now.o = from; now.o < to; now.o += BLOCK)
-        for (now.r = 0; now.r < rows; now.r += ROWS) {
-            const i64 end = std::min<i64>(now.o + BLOCK, to);
-            const bf16* const* given = x + now.r;
-            now.some = std::min<i64>(rows - now.r, ROWS);
-            switch (now.some) {
-                case 1: product<1>(m, now.o, end, given, k, group, y[turn]); break;
-                case 2: product<2>(m, now.o, end, given, k, group, y[turn]); break;
-                case 3: product<3>(m, now.o, end, given, k, group, y[turn]); break;
-                case 4: product<4>(m, now.o, end, given, k, group, y[turn]); break;
-                case 5: product<5>(m, now.o, end, given, k, group, y[turn]); break;
-                case 6: product<6>(m, now.o, end, given, k, group, y[turn]); break;
-                case 7: product<7>(m, now.o, end, given, k, group, y[turn]); break;
-                default: product<8>(m, now.o, end, given, k, group, y[turn]);
+    int turn = 0;
+    for (i64 block = from; block < to; block += BLOCK, turn ^= 1) {
+        const i64 end = std::min<i64>(block + BLOCK, to);
+        for (i64 o = block; o < end; o += some)
+            for (i64 r = 0; r < rows; r += ROWS) {
+                const i64 last = std::min<i64>(o + some, end);
+                float (*y)[BLOCK] = (float (*)[BLOCK])(&sums[turn][r][o - block]);
+                switch (std::min<i64>(rows - r, ROWS)) {
+                    case 1: product<1>(m, o, last, x + r, k, group, y); break;
+                    case 2: product<2>(m, o, last, x + r, k, group, y); break;
+                    case 3: product<3>(m, o, last, x + r, k, group, y); break;
+                    case 4: product<4>(m, o, last, x + r, k, group, y); break;
+                    case 5: product<5>(m, o, last, x + r, k, group, y); break;
+                    case 6: product<6>(m, o, last, x + r, k, group, y); break;
+                    case 7: product<7>(m, o, last, x + r, k, group, y); break;
+                    default: product<8>(m, o, last, x + r, k, group, y);
+                }
             }
-            // One block later, as what was just written in small pieces cannot be read at once as a whole.
-            turn ^= 1;
-            give(before, y[turn]);
-            before = now;
-        }
-    give(before, y[turn ^ 1]);
+        // One block later, as what was just written in small pieces cannot be read at once as a whole.
+        if (block > from) give(block - BLOCK, sums[turn ^ 1]);
+    }
+    if (from < to) give(from + (to - from - 1) / BLOCK * BLOCK, sums[turn ^ 1]);
 }
 
 #ifndef TILES
 // The same for bfloat16 weights, some of the outputs, and rows that are `row` values apart.
 template <class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, Range outputs, F sink, Ahead = {}) {
-    for (i64 first = 0; first < rows; first += ROWS) {
-        const bf16* given[ROWS];
-        const i64 some = std::min<i64>(rows - first, ROWS);
+    for (i64 first = 0; first < rows; first += MOST) {
+        const bf16* given[MOST];
+        const i64 some = std::min<i64>(rows - first, MOST);
         for (i64 r = 0; r < some; r++) given[r] = x + (first + r) * row;
         products({w, nullptr}, outputs.begin, outputs.end, given, some, k, 0,
                  [&](i64 o, i64 r, __m512 y, __mmask16 there) { sink(o, first + r, y, there); });
