@@ -32,8 +32,21 @@ struct Sums {  // of each query: the largest score, the sum, the weighted values
     }
 };
 
-// What reads the latents for sixteen heads of one token: `Heads` packs their queries, `read` adds up over some keys, `columns` gives 32
-// columns of what head `i` has read, and `store32` stores them in order.
+// The memory of the first of some keys.
+static Ahead block_of(const Latents& c, const Keys& k, i64 most) {
+    const bf16 *latent = c.latent + k.row * c.latent_row, *rotary = c.rotary + k.row * c.rotary_row;
+    const i64 end = std::min(k.end, k.begin + most);
+    return {latent + k.begin * c.latent_key, latent + end * c.latent_key, rotary + k.begin * c.rotary_key, rotary + end * c.rotary_key};
+}
+
+// The sums of neighbouring groups of heads over the same keys.
+struct TeamSums {
+    const Sums* sums; i64 groups, apart;
+    const Sums& operator[](i64 g) const { return sums[g * apart]; }
+};
+
+// What reads the latents for some heads of one token, `TEAM` groups of sixteen: `Heads` packs their queries, `read` adds up over some keys
+// into sums of each group, `columns` gives 32 columns of what head `i` of a group has read, and `store32` stores them in order.
 #ifdef BFLOAT16_PRODUCTS
 
 // Queries that read the same keys, one to a lane: the heads of one token over the latents, or the tokens of one head over its
@@ -298,7 +311,7 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* we
 #endif
 
 struct Heads {
-    enum { KEYS = 128, PIECE = 256 };  // at a time, at most; at the least for a thread, where more than one can have them
+    enum { TEAM = 1, KEYS = 128, PIECE = 256 };  // keys at a time, at most; at the least for a thread, where more than one can have them
     static i64 words(const Attention& a) { return LANES * (padded(a.rank) + padded(a.rope)) / 2; }  // of their queries
     static i64 bench(const Attention& a) { return copied(a.rank, a.rope) / 2; }  // words that a thread needs besides
     static void pack(const Attention& a, const bf16* const* still, const bf16* const* turning, i64 some, uint32_t* to, uint32_t*) {
@@ -308,13 +321,10 @@ struct Heads {
             to += LANES * padded(size) / 2;
         }
     }
-    static Ahead ahead_of(const Attention&, const Latents& c, const Keys& k) {  // the first block of them
-        const bf16 *latent = c.latent + k.row * c.latent_row, *rotary = c.rotary + k.row * c.rotary_row;
-        const i64 end = std::min<i64>(k.end, k.begin + KEYS);
-        return {latent + k.begin * c.latent_key, latent + end * c.latent_key, rotary + k.begin * c.rotary_key, rotary + end * c.rotary_key};
-    }
-    static void read(const Attention& a, const Latents& c, const Keys& keys, Ahead next, const uint32_t* queries, const Sums& s, uint32_t* memory) {
+    static Ahead ahead_of(const Attention&, const Latents& c, const Keys& k) { return block_of(c, k, KEYS); }
+    static void read(const Attention& a, const Latents& c, const Keys& keys, Ahead next, const uint32_t* queries, TeamSums team, uint32_t* memory) {
         const i64 row = keys.row;
+        const Sums& s = team[0];
         const bf16* latent = c.latent + row * c.latent_row;
         const Reading reading = {{{queries, latent, c.latent_key, a.rank},
                                   {queries + LANES * padded(a.rank) / 2, c.rotary + row * c.rotary_row, c.rotary_key, a.rope}},
@@ -335,7 +345,7 @@ struct Heads {
 // Keys become integers as they are read: those of a latent have one scale, as they are values too, whose scales are taken into the
 // weights. Both products are those of rows with panels: keys meet the queries, and the heads' weights meet the latents, 32 columns at a time.
 struct Heads {
-    enum { KEYS = 96, PIECE = 256, SOON = 16, MOST_KEY = 8191 };  // the third: keys after which one is needed that is asked for now
+    enum { TEAM = PANEL / LANES, KEYS = 96, PIECE = 256, SOON = 16, MOST_KEY = 8191 };  // SOON: keys after which one is needed that is asked for now
     static i64 size(const Attention& a) { return a.rank + (a.rope + STRETCH - 1) / STRETCH * STRETCH; }
     static i64 words(const Attention& a) { return size(a) / 2 * PANEL + size(a) / STRETCH * PANEL; }
     struct Bench {
@@ -346,13 +356,13 @@ struct Heads {
             const auto take = [&](i64 words) { at += words; return at - words; };
             keys = take(KEYS * paired_size(size(a)));
             values = take(KEYS / 2 * a.rank);
-            weights = take(LANES * paired_size(KEYS));
+            weights = take(PANEL * paired_size(KEYS));
             scores = (float*)take(KEYS * PANEL);
             ones = (float*)take(PANEL);
-            rows = (bf16*)take(LANES * size(a) / 2);
+            rows = (bf16*)take(PANEL * size(a) / 2);
         }
     };
-    static i64 bench(const Attention& a) { return (uint32_t*)Bench(a, nullptr).rows - (uint32_t*)nullptr + LANES * size(a) / 2; }
+    static i64 bench(const Attention& a) { return (uint32_t*)Bench(a, nullptr).rows - (uint32_t*)nullptr + PANEL * size(a) / 2; }
 
     static void pack(const Attention& a, const bf16* const* still, const bf16* const* turning, i64 some, uint32_t* to, uint32_t* memory) {
         bf16* rows = Bench(a, memory).rows;
@@ -361,33 +371,35 @@ struct Heads {
         fill({to, scales}, {rows, nullptr}, 0, some, 0, size(a), size(a), 0);
         for (i64 i = 0; i < size(a) / STRETCH * PANEL; i++) scales[i] *= a.scale;
     }
-    // One key as a row of pairs; returns the scale of its latent.
-    static float take(const Attention& a, const bf16* latent, const bf16* rotary, uint32_t* to) {
-        const i64 all = size(a);
-        float factor;
-        const float scale = scale_of(latent, a.rank, MOST_KEY, factor);
-        for (i64 i = 0; i < a.rank; i += 16)
-            _mm256_storeu_si256((__m256i*)(to + i / 2), sixteen_integers(_mm256_loadu_si256((const __m256i*)(latent + i)), _mm256_set1_ps(factor)));
-        for (i64 i = 0; i < a.rank; i += STRETCH) ((float*)to)[all / 2 + i / STRETCH] = scale;
-        for (i64 i = 0; i < a.rope; i += STRETCH)
-            put_pairs(to, all, a.rank + i, _mm512_maskz_loadu_epi16(first32(a.rope - i), rotary + i), false);
-        return scale;
-    }
-    // Latents as values: pairs of keys, a panel of columns after the other.
-    static void turn(const Attention& a, const Bench& b, i64 pairs) {
-        const i64 row = paired_size(size(a));
-        for (i64 p = 0; p < pairs; p++)
-            for (i64 column = 0; column < a.rank; column += 16) {
-                const uint32_t* at = b.keys + 2 * p * row + column / 2;
-                const __m256i one = _mm256_loadu_si256((const __m256i*)at), two = _mm256_loadu_si256((const __m256i*)(at + row));
-                _mm512_storeu_si512(b.values + (column / PANEL * KEYS / 2 + p) * PANEL + column % PANEL, paired16(one, two));
+    // Two keys: each as a row of pairs, and their latents, which have one scale each, as values: pairs of keys, a panel of columns after the
+    // other, in an order that `store32` undoes.
+    static void take(const Attention& a, const Bench& b, i64 pair, const bf16* const (&latent)[2], const bf16* const (&rotary)[2], float* scale) {
+        const i64 all = size(a), row = paired_size(all);
+        uint32_t* const to[2] = {b.keys + 2 * pair * row, b.keys + (2 * pair + 1) * row};
+        __m256 factor[2];
+        for (int n = 0; n < 2; n++) {
+            float one;
+            scale[n] = scale_of(latent[n], a.rank, MOST_KEY, one);
+            factor[n] = _mm256_set1_ps(one);
+            for (i64 i = 0; i < a.rank; i += STRETCH) ((float*)to[n])[all / 2 + i / STRETCH] = scale[n];
+            for (i64 i = 0; i < a.rope; i += STRETCH)
+                put_pairs(to[n], all, a.rank + i, _mm512_maskz_loadu_epi16(first32(a.rope - i), rotary[n] + i), false);
+        }
+        for (i64 i = 0; i < a.rank; i += 16) {
+            __m256i values[2];
+            for (int n = 0; n < 2; n++) {
+                values[n] = sixteen_integers(_mm256_loadu_si256((const __m256i*)(latent[n] + i)), factor[n]);
+                _mm256_storeu_si256((__m256i*)(to[n] + i / 2), values[n]);
             }
+            _mm512_storeu_si512(b.values + (i / PANEL * KEYS / 2 + pair) * PANEL + i % PANEL,
+                                {_mm256_unpacklo_epi16(values[0], values[1]), _mm256_unpackhi_epi16(values[0], values[1])});
+        }
     }
-    // What `soften` left in the scores of stretch `n`, times its factor and the keys' scales: of each head a row of pairs.
-    static void put_weights(const Bench& b, i64 n, const float* scale, __m512 factor) {
+    // What `soften` left in a group's scores of stretch `n`, times its factor and the keys' scales: of each head a row of pairs.
+    static void put_weights(const float* scores, i64 n, const float* scale, __m512 factor, uint32_t* weights) {
         __m512 most = _mm512_set1_ps(LEAST), weight[STRETCH];
         for (int k = 0; k < STRETCH; k++) {
-            weight[k] = _mm512_mul_ps(_mm512_loadu_ps(b.scores + (n * STRETCH + k) * PANEL), _mm512_set1_ps(scale[n * STRETCH + k]));
+            weight[k] = _mm512_mul_ps(_mm512_loadu_ps(scores + (n * STRETCH + k) * PANEL), _mm512_set1_ps(scale[n * STRETCH + k]));
             most = _mm512_max_ps(most, weight[k]);
         }
         const __m512 by = _mm512_div_ps(_mm512_set1_ps(MOST_KEY), most);
@@ -397,51 +409,69 @@ struct Heads {
         alignas(32) float one[LANES];
         _mm512_storeu_ps(one, _mm512_mul_ps(factor, _mm512_mul_ps(most, _mm512_set1_ps(1.0f / MOST_KEY))));
         for (int h = 0; h < LANES; h++) {
-            uint32_t* to = b.weights + h * paired_size(KEYS);
+            uint32_t* to = weights + h * paired_size(KEYS);
             _mm512_storeu_si512(to + n * STRETCH / 2, turned[h]);
             ((float*)to)[KEYS / 2 + n] = one[h];
         }
     }
-    static void read(const Attention& a, const Latents& c, const Keys& keys, Ahead, const uint32_t* queries, const Sums& s, uint32_t* memory) {
+    static void read(const Attention& a, const Latents& c, const Keys& keys, Ahead next, const uint32_t* queries, TeamSums team, uint32_t* memory) {
         const auto [row, begin, end] = keys;
         const Bench b(a, memory);
+        const bf16 *latents = c.latent + row * c.latent_row, *rotaries = c.rotary + row * c.rotary_row;
         const i64 all = size(a), key_row = paired_size(all), weight_row = paired_size(KEYS);
         const uint8_t* mask = c.mask ? c.mask + row * c.mask_row : nullptr;
-        memset(s.read, 0, s.read_size * sizeof(float));
-        _mm512_storeu_ps(s.best, _mm512_set1_ps(-INFINITY));
-        _mm512_storeu_ps(s.total, _mm512_setzero_ps());
+        const __m512 never = _mm512_set1_ps(-INFINITY);
+        for (i64 g = 0; g < team.groups; g++) {
+            memset(team[g].read, 0, team[g].read_size * sizeof(float));
+            _mm512_storeu_ps(team[g].best, never);
+            _mm512_storeu_ps(team[g].total, _mm512_setzero_ps());
+        }
         std::fill_n(b.ones, PANEL, 1.0f);
         for (i64 block = begin; block < end; block += KEYS) {
             const i64 there = std::min<i64>(end - block, KEYS), stretches = (there + STRETCH - 1) / STRETCH;
             float scale[KEYS] = {};
-            for (i64 k = 0; k < there; k++) {
-                const bf16 *latent = c.latent + row * c.latent_row + (block + k) * c.latent_key, *rotary = c.rotary + row * c.rotary_row + (block + k) * c.rotary_key;
-                nearer(latent + SOON * c.latent_key, a.rank * sizeof *latent);
-                nearer(rotary + SOON * c.rotary_key, a.rope * sizeof *rotary);
-                scale[k] = take(a, latent, rotary, b.keys + k * key_row);
+            for (i64 k = 0; k < there; k += 2) {  // where there is no second key the first is taken twice, and weighs nothing
+                const i64 two[2] = {block + k, block + std::min(k + 1, there - 1)};
+                const bf16* const latent[2] = {latents + two[0] * c.latent_key, latents + two[1] * c.latent_key};
+                const bf16* const rotary[2] = {rotaries + two[0] * c.rotary_key, rotaries + two[1] * c.rotary_key};
+                for (int n = 0; n < 2; n++) {
+                    nearer(latent[n] + SOON * c.latent_key, a.rank * sizeof **latent);
+                    nearer(rotary[n] + SOON * c.rotary_key, a.rope * sizeof **rotary);
+                }
+                take(a, b, k / 2, latent, rotary, scale + k);
             }
-            turn(a, b, stretches * STRETCH / 2);
+            const Ahead ahead = block + KEYS < end ? ahead_of(a, c, {row, block + KEYS, end}) : next;
+            coming = {{{(const char*)ahead.at, (const char*)ahead.end}, {(const char*)ahead.then, (const char*)ahead.last}}};
+            const i64 lines = KEYS * (a.rank + a.rope) / 32 / 2;  // of the next block: half of them with the scores, half with the values
             meet({(uint32_t*)queries, (float*)queries + all / 2 * PANEL}, 1, b.keys, (const float*)b.keys + all / 2, there, key_row, all / STRETCH,
-                 b.scores, true, LANES);
-            for (i64 k = 0; k < stretches * STRETCH; k++)
-                if (k >= there || (mask && !mask[block + k])) _mm512_storeu_ps(b.scores + k * PANEL, _mm512_set1_ps(-INFINITY));
-            __m512 factor[KEYS / STRETCH];
-            const __m512 shrink = soften(b.scores, stretches, s.best, s.total, factor);
-            alignas(32) float less[LANES];
-            _mm512_storeu_ps(less, shrink);
-            for (i64 at = 0; at < s.read_size; at += PANEL) {
-                const __m512 one = _mm512_set1_ps(less[at / PANEL % LANES]);
-                for (int half = 0; half < PANEL; half += LANES) _mm512_storeu_ps(s.read + at + half, _mm512_mul_ps(_mm512_loadu_ps(s.read + at + half), one));
+                 b.scores, true, team.groups * LANES, lines);
+            for (i64 g = 0; g < team.groups; g++) {
+                const Sums& s = team[g];
+                float* scores = b.scores + g * LANES;
+                uint32_t* weights = b.weights + g * LANES * weight_row;
+                for (i64 k = 0; k < stretches * STRETCH; k++)
+                    if (k >= there || (mask && !mask[block + k])) _mm512_storeu_ps(scores + k * PANEL, never);
+                __m512 factor[KEYS / STRETCH];
+                const __m512 shrink = soften(scores, stretches, s.best, s.total, factor);
+                alignas(32) float less[LANES];
+                _mm512_storeu_ps(less, shrink);
+                for (i64 at = 0; at < s.read_size; at += PANEL) {
+                    const __m512 one = _mm512_set1_ps(less[at / PANEL % LANES]);
+                    for (int half = 0; half < PANEL; half += LANES) _mm512_storeu_ps(s.read + at + half, _mm512_mul_ps(_mm512_loadu_ps(s.read + at + half), one));
+                }
+                for (i64 n = 0; n < stretches; n++) put_weights(scores, n, scale, factor[n], weights);
+                for (i64 column = 0; column < a.rank; column += PANEL)
+                    meet({b.values + column * KEYS / 2, b.ones}, KEYS, weights, (const float*)weights + KEYS / 2, LANES, weight_row, stretches,
+                         s.read + column * LANES, false, PANEL, lines * PANEL / (a.rank * team.groups));
             }
-            for (i64 n = 0; n < stretches; n++) put_weights(b, n, scale, factor[n]);
-            for (i64 column = 0; column < a.rank; column += PANEL)
-                meet({b.values + column * KEYS / 2, b.ones}, KEYS, b.weights, (const float*)b.weights + KEYS / 2, LANES, weight_row, stretches,
-                     s.read + column * LANES, false);
         }
     }
-    static Ahead ahead_of(const Attention&, const Latents&, const Keys&) { return {}; }
+    static Ahead ahead_of(const Attention&, const Latents& c, const Keys& k) { return block_of(c, k, KEYS); }
     static const float* columns(const Sums& s, const Attention&, i64 i, i64 column) { return s.read + (column * LANES + i * PANEL); }
-    static void store32(__m512 low, __m512 high, bf16* to) { _mm512_storeu_si512(to, {narrow16(low), narrow16(high)}); }
+    static void store32(__m512 low, __m512 high, bf16* to) {
+        const auto sixteen = [](__m512 x) { return _mm256_packus_epi32(narrow8(x.low), narrow8(x.high)); };
+        _mm512_storeu_si512(to, {sixteen(low), sixteen(high)});
+    }
 };
 #endif
 
@@ -457,9 +487,10 @@ struct Reader {
     const Attention& a;
     const Latents& c;
     const i64 first, rows, threads;  // of all rows these
-    const i64 groups = (a.heads + LANES - 1) / LANES, most = pieces(c.tokens - 1);  // of heads, one to a lane; pieces of a row's keys
+    const i64 groups = (a.heads + LANES - 1) / LANES, teams = (groups + Heads::TEAM - 1) / Heads::TEAM;  // of heads, one to a lane; of groups
+    const i64 most = pieces(c.tokens - 1);  // of a row's keys
     bf16 *absorbed, *read16;
-    uint32_t *packed, *benches;  // (rows, groups) and (threads), see `Heads`
+    uint32_t *packed, *benches;  // (rows, teams) and (threads), see `Heads`
     float *weighed, *counts;     // (threads, WEIGHED, rank), (threads, most, LANES)
     std::vector<Sums> sums = std::vector<Sums>(rows * groups * most);
     std::atomic<i64> dealt[3] = {};  // by each phase
@@ -468,21 +499,21 @@ struct Reader {
     // any company. Some more than few threads, as one of these may be slower; but not too small.
     i64 pieces(i64 row) const { return std::clamp<i64>(c.seen(row) / Heads::PIECE, threads, std::max<i64>(threads, 8)); }
     Keys keys_of(i64 unit) const {
-        const i64 row = first + unit / most / groups, n = pieces(row), p = std::min(unit % most, n);
+        const i64 row = first + unit / most / teams, n = pieces(row), p = std::min(unit % most, n);
         return {c.sequence(row), c.seen(row) * p / n, c.seen(row) * std::min(p + 1, n) / n};
     }
     void layout() {
         weighed = arena.take<float>(threads * WEIGHED * a.rank);
         counts = arena.take<float>(threads * most * LANES);
         absorbed = arena.take<bf16>(rows * a.heads * a.rank);
-        packed = arena.take<uint32_t>(rows * groups * Heads::words(a));
+        packed = arena.take<uint32_t>(rows * teams * Heads::words(a));
         benches = arena.take<uint32_t>(threads * Heads::bench(a));
         read16 = arena.take<bf16>(rows * a.heads * a.rank);
         for (Sums& one : sums) one.layout(LANES, a.rank, Heads::KEYS);
     }
     // value (rows, heads, v). `then` is what this thread reads afterwards. Turned parts are read after the first barrier.
     void run(const Queries& q, bf16* value, Ahead then) {
-        const i64 me = omp_get_thread_num(), units = rows * groups * most;
+        const i64 me = omp_get_thread_num(), units = rows * teams * most;  // a row's pieces for a team
         uint32_t* bench = benches + me * Heads::bench(a);
         // The expansion of keys moves into the query: (rows, nope) by (nope, rank) for each head.
         float* sum = weighed + me * WEIGHED * a.rank;
@@ -501,9 +532,10 @@ struct Reader {
             }
         }
         #pragma omp barrier
-        for (Share s(rows * groups); s.begin < s.end; s.begin++) {
-            const i64 r = s.begin / groups, from = s.begin % groups * LANES, some = std::min<i64>(LANES, a.heads - from);
-            const bf16 *still[LANES], *turning[LANES];
+        for (Share s(rows * teams); s.begin < s.end; s.begin++) {
+            constexpr i64 HEADS = Heads::TEAM * LANES;
+            const i64 r = s.begin / teams, from = s.begin % teams * HEADS, some = std::min(HEADS, a.heads - from);
+            const bf16 *still[HEADS], *turning[HEADS];
             for (i64 i = 0; i < some; i++) {
                 still[i] = absorbed + (r * a.heads + from + i) * a.rank;
                 turning[i] = q.turned + r * q.turned_row + (from + i) * q.turned_head;
@@ -517,8 +549,9 @@ struct Reader {
         for (Range one = dealt_units.take(), next; !one.none(); one = next) {
             next = dealt_units.take();
             const Ahead ahead = next.none() ? values_of(std::min(me, a.heads * parts - 1)) : Heads::ahead_of(a, c, keys_of(next.begin));
-            if (one.begin % most < pieces(first + one.begin / most / groups))
-                Heads::read(a, c, keys_of(one.begin), ahead, packed + one.begin / most * Heads::words(a), sums[one.begin], bench);
+            const i64 piece = one.begin % most, r = one.begin / most / teams, group = one.begin / most % teams * Heads::TEAM;
+            const TeamSums team = {&sums[(r * groups + group) * most + piece], std::min<i64>(Heads::TEAM, groups - group), most};
+            if (piece < pieces(first + r)) Heads::read(a, c, keys_of(one.begin), ahead, packed + one.begin / most * Heads::words(a), team, bench);
         }
         #pragma omp barrier
         // The pieces become one; then the expansion of values, rank → v for each head.

@@ -29,24 +29,26 @@ static void join(bf16* to, i64 size, const bf16* still, i64 nope, const bf16* tu
 // What makes the largest of bfloat16 values `most`, and the scale of such integers: NaN if a value is not finite.
 static inline float scale_of(const bf16* x, i64 count, int most, float& factor) {
     __m256i larger = _mm256_setzero_si256();
+    #pragma GCC unroll 4
     for (i64 i = 0; i < count; i += 16) larger = _mm256_max_epi16(larger, _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(x + i)), _mm256_set1_epi16(0x7fff)));
     const __m128i largest = _mm_max_epi16(_mm256_castsi256_si128(larger), _mm256_extracti128_si256(larger, 1));
     const bf16 bits = 0x7fff - _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_sub_epi16(_mm_set1_epi16(0x7fff), largest)));
     const float top = wide(bits);
     const bool usual = bits < 0x7f80 && top > LEAST;
     factor = usual ? most / top : 0;
-    return usual ? top / most : bits < 0x7f80 ? 0 : NAN;
+    return usual ? top * (1.0f / most) : bits < 0x7f80 ? 0 : NAN;
 }
 // Values of bfloat16, or of two vectors of floats as pairs, as integers.
-static inline __m256i sixteen_integers(__m256i x, __m256 factor) {
-    const __m256i zero = _mm256_setzero_si256();
-    const auto eight = [&](__m256i floats) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(floats), factor)); };
-    return _mm256_packs_epi32(eight(_mm256_unpacklo_epi16(zero, x)), eight(_mm256_unpackhi_epi16(zero, x)));
+static inline __m256i sixteen_integers(__m256i x, __m256 factor) {  // added to so much, the integer is what the lower bits are
+    const auto rounded = [&](__m256 floats) { return _mm256_castps_si256(_mm256_fmadd_ps(floats, factor, _mm256_set1_ps(0x1.8p23f))); };
+    return _mm256_blend_epi16(rounded(first_of(x)), _mm256_slli_epi32(rounded(second_of(x)), 16), 0xaa);
 }
 static inline __m512i pairs_of(__m512 one, __m512 two) {  // none is negative
     const auto eight = [](__m256 low, __m256 high) { return _mm256_or_si256(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16)); };
     return {eight(one.low, two.low), eight(one.high, two.high)};
 }
+// Of each eight integers pairs of those that a shift of INT4 words brings together: the first and the fifth, and so on.
+static inline __m256i fifths(__m256i some) { return _mm256_unpacklo_epi16(some, _mm256_srli_si256(some, 8)); }
 // Thirty-two bfloat16 values as integers, in order; returns their scale.
 static inline float to_integers(const __m512i& x, __m512i& to) {
     float factor;
@@ -119,38 +121,34 @@ template <int O, int R> static inline void dots(const bf16* w, const bf16* const
 
 // ---------------------------------------------------------------------------------------- INT4 words and few rows
 
-// A spread row has the values themselves, then units of 64 inputs, which a line of INT4 words has in two halves of one group or more:
-// its integers in two bytes, upper and lower, of even and of odd inputs; of each half what is too much, as INT4 values are stored as
-// v + 8; and its scale.
+// A spread row has the values themselves, then units of 64 inputs, which 32 bytes of INT4 words have in two halves of one group or more:
+// its integers, every fourth one, as four shifts of the words bring them; what is too much, as INT4 values are stored as v + 8; its scale.
 enum { UNIT = 64, SPREAD = 96 };  // inputs, and words of sixteen bits, of a unit
-struct Unit { __m256i upper[2], lower[2], less; __m256 scale; };
+struct Unit { __m256i fourth[4], less; __m256 scale; };
 static inline i64 spread_size(i64 k) { return k + (k + UNIT - 1) / UNIT * SPREAD; }
 static void complete(bf16* row, i64 k) {  // once the values are there
     bf16* to = row + k;
     for (i64 i = 0; i < k; i += UNIT, to += SPREAD) {
-        Unit unit;
-        __m256i bytes[2][2];  // of each half: upper ones of even inputs, then of odd ones; lower ones
+        __m512i values[2];
         float scale[2]; int less[2];
         for (int half = 0; half < 2; half++) {
-            __m512i values = _mm512_setzero_si512();
-            scale[half] = i + half * 32 < k ? to_integers(_mm512_loadu_si512(row + i + half * 32), values) : 0;
-            const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(values.low, _mm256_set1_epi16(-8)), _mm256_madd_epi16(values.high, _mm256_set1_epi16(-8)));
+            values[half] = _mm512_setzero_si512();
+            scale[half] = i + half * 32 < k ? to_integers(_mm512_loadu_si512(row + i + half * 32), values[half]) : 0;
             int all[8];
-            _mm256_storeu_si256((__m256i*)all, sum);
-            less[half] = 0;
-            for (int n = 0; n < 8; n++) less[half] += all[n];
-            const auto evens_and_odds = [&](__m256i low, __m256i high) {  // of 32 bytes
-                const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
-                const __m256i all = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);
-                return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(all, order), 0xd8);
-            };
-            bytes[half][0] = evens_and_odds(_mm256_srai_epi16(values.low, 7), _mm256_srai_epi16(values.high, 7));
-            const __m256i rest = _mm256_set1_epi16(127);
-            bytes[half][1] = evens_and_odds(_mm256_and_si256(values.low, rest), _mm256_and_si256(values.high, rest));
+            const __m256i eights = _mm256_set1_epi16(-8);
+            _mm256_storeu_si256((__m256i*)all, _mm256_add_epi32(_mm256_madd_epi16(values[half].low, eights), _mm256_madd_epi16(values[half].high, eights)));
+            less[half] = std::accumulate(all, all + 8, 0);
         }
-        for (int odd = 0; odd < 2; odd++) {
-            unit.upper[odd] = odd ? _mm256_permute2x128_si256(bytes[0][0], bytes[1][0], 0x31) : _mm256_permute2x128_si256(bytes[0][0], bytes[1][0], 0x20);
-            unit.lower[odd] = odd ? _mm256_permute2x128_si256(bytes[0][1], bytes[1][1], 0x31) : _mm256_permute2x128_si256(bytes[0][1], bytes[1][1], 0x20);
+        // Eight neighbours of each half at a time, whose pairs are transposed.
+        const auto eight = [](__m256i one, __m256i two, auto which) { return fifths(_mm256_permute2x128_si256(one, two, which)); };
+        constexpr std::integral_constant<int, 0x20> FIRST; constexpr std::integral_constant<int, 0x31> SECOND;
+        const __m256i a = eight(values[0].low, values[1].low, FIRST), b = eight(values[0].low, values[1].low, SECOND);
+        const __m256i c = eight(values[0].high, values[1].high, FIRST), d = eight(values[0].high, values[1].high, SECOND);
+        const __m256i ab[2] = {_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)}, cd[2] = {_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d)};
+        Unit unit;
+        for (int n = 0; n < 2; n++) {
+            unit.fourth[2 * n] = _mm256_unpacklo_epi64(ab[n], cd[n]);
+            unit.fourth[2 * n + 1] = _mm256_unpackhi_epi64(ab[n], cd[n]);
         }
         unit.less = _mm256_setr_epi32(less[0], 0, 0, 0, less[1], 0, 0, 0);
         unit.scale = _mm256_setr_ps(scale[0], scale[0], scale[0], scale[0], scale[1], scale[1], scale[1], scale[1]);
@@ -158,13 +156,12 @@ static void complete(bf16* row, i64 k) {  // once the values are there
     }
 }
 
-// y[r][o] = w[o] . x[r] for INT4 words and spread x: each byte of x is multiplied by two INT4 values at once, and the sums of each half
-// of a unit are scaled. Two rows of w share what is loaded of x, as long as registers hold it.
+// y[r][o] = w[o] . x[r] for INT4 words and spread x: the sums of each half of a unit are scaled.
 template <int O, int R>
 static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {
     const int shift = __builtin_ctzll(group);  // a group has 2^shift inputs
     const i64 groups = k >> shift;
-    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), weight_of_upper = _mm256_set1_epi16(128);
+    const __m256i low = _mm256_set1_epi16(15);
     // Two scales in each word: the first as a float in four lanes, the second in the other four.
     const __m256i floats = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13, -1, -1, 2, 3, -1, -1, 6, 7, -1, -1, 10, 11, -1, -1, 14, 15);
     constexpr int N = O < 2 || R > 2 ? 1 : 2;  // rows of w at a time
@@ -174,25 +171,20 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
     #pragma GCC unroll 4
     for (int o = 0; o < O; o += N, w += N * k / 2, scales += N * groups) {
         __m256 sum[N][R];  // apart from the others, or the compiler keeps them in memory
-        for (int n = 0; n < N; n++) for (int r = 0; r < R; r++) sum[n][r] = _mm256_setzero_ps();
-        const auto meet = [&](const uint8_t* at, i64 unit, auto load, auto pair_of_scales) {
-            __m256i even[N], odd[N];
-            __m256 scale[N];
+        for (auto& row : sum) for (auto& one : row) one = _mm256_setzero_ps();
+        const auto meet = [&](const uint8_t* at, i64 unit, auto load, auto two_scales) {
             for (int n = 0; n < N; n++) {
                 ask_ahead(at + n * k / 2);
                 const __m256i words = load(at + n * k / 2);
-                even[n] = _mm256_and_si256(words, low);
-                odd[n] = _mm256_and_si256(_mm256_srli_epi16(words, 4), low);
-                scale[n] = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi32(pair_of_scales(scales + n * groups)), floats));
-            }
-            for (int r = 0; r < R; r++) {
-                const Unit& u = given[r][unit];
-                const auto at = [](const void* from) { return _mm256_loadu_si256((const __m256i*)from); };
-                for (int n = 0; n < N; n++) {
-                    const __m256i large = _mm256_add_epi16(_mm256_maddubs_epi16(even[n], at(u.upper)), _mm256_maddubs_epi16(odd[n], at(u.upper + 1)));
-                    const __m256i small = _mm256_add_epi16(_mm256_maddubs_epi16(even[n], at(u.lower)), _mm256_maddubs_epi16(odd[n], at(u.lower + 1)));
-                    const __m256i all = _mm256_add_epi32(_mm256_add_epi32(_mm256_madd_epi16(large, weight_of_upper), at(&u.less)), _mm256_madd_epi16(small, ones));
-                    sum[n][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), _mm256_mul_ps(scale[n], _mm256_castsi256_ps(at(&u.scale))), sum[n][r]);
+                const __m256i weight[4] = {_mm256_and_si256(words, low), _mm256_and_si256(_mm256_srli_epi16(words, 4), low),
+                                           _mm256_and_si256(_mm256_srli_epi16(words, 8), low), _mm256_srli_epi16(words, 12)};
+                const __m256 scale = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi32(two_scales(scales + n * groups)), floats));
+                for (int r = 0; r < R; r++) {
+                    const Unit& u = given[r][unit];
+                    const auto at = [](const void* from) { return _mm256_loadu_si256((const __m256i*)from); };
+                    __m256i all = at(&u.less);
+                    for (int f = 0; f < 4; f++) all = _mm256_add_epi32(all, _mm256_madd_epi16(weight[f], at(u.fourth + f)));
+                    sum[n][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), _mm256_mul_ps(scale, _mm256_castsi256_ps(at(&u.scale))), sum[n][r]);
                 }
             }
         };
@@ -212,15 +204,13 @@ static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const
 
 // ---------------------------------------------------------------------------------------- many rows: panels of weights
 
-// One row as panels want it, in words: pairs of inputs, then the scales. A pair has the inputs that a shift of INT4 words brings
-// together: of eight the first and the fifth, and so on; of bfloat16 neighbours.
+// One row as panels want it, in words: pairs of inputs, `fifths` for INT4 words, neighbours for bfloat16; then the scales.
 static inline i64 room_for(i64 rows) { return rows; }
 static inline i64 paired_size(i64 k) { return k / 2 + k / STRETCH; }
 static inline void put_pairs(uint32_t* row, i64 k, i64 at, __m512i x, bool packed) {
     __m512i values;
     ((float*)row)[k / 2 + at / STRETCH] = to_integers(x, values);
-    const auto fifth = [](__m256i some) { return _mm256_unpacklo_epi16(some, _mm256_srli_si256(some, 8)); };
-    if (packed) values = {fifth(values.low), fifth(values.high)};
+    if (packed) values = {fifths(values.low), fifths(values.high)};
     _mm512_storeu_si512(row + at / 2, values);
 }
 

@@ -12,6 +12,7 @@ INCLUDES = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <vector>
 """
 
