@@ -42,6 +42,7 @@ SHAPES = {
     "groups of experts": {"n_group": 4, "topk_group": 2},
     "weights not normalized": {"norm_topk_prob": False},
     "three heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    "forty-nine heads": {"num_attention_heads": 49, "num_key_value_heads": 49},
     "group size 64": {"group_size": 64, "hidden_size": 128},
     "group size 128": {"group_size": 128, "hidden_size": 128, "moe_intermediate_size": 128},
 }
@@ -137,11 +138,12 @@ def test_padding_is_not_seen():
 
 
 @pytest.mark.usefixtures("each_kind")
+@pytest.mark.parametrize("shape", ["as published", "bfloat16 experts", "forty-nine heads"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_batch_is_its_rows(threads, monkeypatch):
+def test_a_batch_is_its_rows(shape, threads, monkeypatch):
     """To the last bit: who shares a batch changes nothing."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    model = make({})
+    model = make(SHAPES[shape])
     layer = model.language_model.model.layers[1]
     given = inputs(model, 11, 50)
     together = one_step(layer, *given)[0]
@@ -151,12 +153,14 @@ def test_a_batch_is_its_rows(threads, monkeypatch):
 
 
 @pytest.mark.usefixtures("each_kind")
-@pytest.mark.parametrize("rows, outputs, inputs_", [(1, 5, 32), (2, 33, 64), (7, 16, 96), (20, 50, 160), (1, 4096, 48)])
+@pytest.mark.parametrize("rows, outputs, inputs_", [(1, 5, 32), (2, 33, 64), (7, 16, 96), (20, 50, 160), (1, 4096, 48), (40, 18, 1120)])
 def test_few_rows(rows, outputs, inputs_):
     torch.manual_seed(0)
     x, weight = torch.randn(rows, inputs_).bfloat16(), torch.randn(outputs, inputs_).bfloat16()
     want = x.float() @ weight.float().T
-    torch.testing.assert_close(few_rows(x, weight).float(), want, rtol=0.01, atol=0.01 * inputs_**0.5)
+    got = few_rows(x, weight)
+    torch.testing.assert_close(got.float(), want, rtol=0.01, atol=0.01 * inputs_**0.5)
+    assert all(torch.equal(got[row : row + some], few_rows(x[row : row + some], weight)) for some in (1, 2, 3) for row in range(0, rows, some))
 
 
 @pytest.mark.usefixtures("each_kind")
