@@ -33,6 +33,7 @@ from .compiling_kimi_k26 import compiled  # noqa: F401
 from .expert_kernels_kimi_k26 import EXPERTS  # noqa: F401
 from .integer_kernels_kimi_k26 import INTEGERS  # noqa: F401
 from .kernels_kimi_k26 import COMMON  # noqa: F401
+from .latent_kernels_kimi_k26 import LATENTS  # noqa: F401
 from .native_kimi_k26 import library  # noqa: F401
 from .placement_kimi_k26 import plan  # noqa: F401
 from .prefill_kernels_kimi_k26 import PREFILL  # noqa: F401

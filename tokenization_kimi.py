@@ -10,8 +10,7 @@ import inspect
 import json
 import os
 import re
-from array import array
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from transformers.tokenization_utils_base import PaddingStrategy, TruncationStra
 from transformers.utils import logging
 
 from .chat_kimi import ControlText, Range, describe, is_batch_of_chats, longest_first, render_chats
+from .token_bytes_kimi import TokenBytes
 from .vocabulary_kimi import SPLIT_PATTERN, printable, read_ranks, spelled, split_long_text, write_ranks
 
 # Version 4 of the library copies from a local folder only those modules that the loaded one names itself.
@@ -34,47 +34,6 @@ SPECIAL_ID_COUNT = 256
 # What a chat gives by default: ids in version 4, a dict in version 5.
 _RETURNS_DICT = inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters["return_dict"].default
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all bytes of a character but its first
-
-
-class TokenBytes:
-    """The bytes of all tokens, one behind the other: many ids become their text in one gather.
-
-    Args:
-        tokens: the bytes of each id; None where an id has no token.
-    """
-
-    # Ids at once: what is held meanwhile, some 40 bytes per byte of text, stays in the processor's caches.
-    STRIDE = 16_384
-
-    def __init__(self, tokens: list[bytes | None]):
-        self._lengths = np.array([-1 if token is None else len(token) for token in tokens])
-        used = self._lengths.clip(0)
-        self._starts = used.cumsum() - used
-        self._bytes = np.frombuffer(b"".join(filter(None, tokens)), np.uint8)
-        self._shorter = frozenset(), self._lengths  # with what was skipped last
-
-    def join(self, ids: list[int], skipped: Collection[int] = frozenset()) -> bytes:
-        """The bytes of `ids`, those in `skipped` left out.
-
-        Raises:
-            IndexError, OverflowError, ValueError: an id has no token.
-            TypeError: an id is no integer.
-        """
-        known, lengths = self._shorter if skipped else (skipped, self._lengths)
-        if known != skipped:  # rarely: a caller skips the special tokens, always the same ones
-            lengths = self._lengths.copy()
-            lengths[[*skipped]] = 0
-            self._shorter = frozenset(skipped), lengths
-        rows, parts = np.asarray(array("I", ids)), []
-        for begin in range(0, len(rows), self.STRIDE):
-            row = rows[begin : begin + self.STRIDE]
-            length = lengths.take(row)
-            # What is to be added to a byte's place in the text for its place in the table.
-            shift = self._starts.take(row) - length.cumsum() + length
-            places = shift.repeat(length)  # ValueError: a length of -1
-            places += np.arange(len(places))
-            parts.append(self._bytes.take(places).tobytes())
-        return b"".join(parts)
 
 
 class TikTokenTokenizer(PreTrainedTokenizer):
