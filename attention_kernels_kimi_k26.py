@@ -1,4 +1,4 @@
-"""The CPU's kernels of attention: what its kinds have in common."""
+"""The CPU's kernels of attention: its sums, and where there are products of bfloat16 what all of it has in common."""
 
 ATTENTION = r"""
 // ---------------------------------------------------------------------------------------- attention

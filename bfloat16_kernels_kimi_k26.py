@@ -1,4 +1,4 @@
-"""The CPU's kernels of INT4 words, and of many rows, for processors with products of bfloat16, and so of bytes (VNNI).
+"""The CPU's kernels of few rows, of INT4 words, and of many rows, for processors with products of bfloat16, and so of bytes (VNNI).
 
 Few rows meet INT4 words as integers of sixteen bits, two bytes each: products of bytes take half the time of those of bfloat16.
 A value keeps 15 bits and a sign of the largest of its 32, which is more than bfloat16 has.

@@ -90,7 +90,10 @@ extern "C" void kimi_route(const FeedForward* given, i64 rows, const bf16* x, bf
             for (i64 n = 0; n < f.top_k; n++) {
                 i64 top = -1;
                 for (i64 e = 0; e < f.experts; e++) if (!std::isnan(choice[e]) && (top < 0 || choice[e] > choice[top])) top = e;
-                if (top < 0) top = n;  // all are NaN: some expert must be named
+                if (top < 0) {  // all others are NaN: some expert must be named, none twice
+                    const i64* named = chosen + r * f.top_k;
+                    for (top = 0; std::find(named, named + n, top) != named + n;) top++;
+                }
                 chosen[r * f.top_k + n] = top;
                 weights[r * f.top_k + n] = score[top];
                 sum += score[top];

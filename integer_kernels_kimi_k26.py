@@ -1,4 +1,5 @@
-"""The CPU's kernels of INT4 words, and of many rows, where the processor has no products in bfloat16: in integers of sixteen bits.
+"""The CPU's kernels of products where the processor has none in bfloat16: in integers of sixteen bits, but for few rows and weights
+in bfloat16, which are read once and become float32.
 
 AVX2 multiplies and adds sixteen pairs of such integers in the time of eight fused products in float32. Of each 32 values of a
 row, or 32 weights of an output, the largest sets a scale; sums of 32 products are exact, and are scaled and added up in float32.

@@ -1,7 +1,7 @@
 """The source of the CPU's own kernels, in C++ with the intrinsics of AVX-512: what all have in common.
 
-Numbers, vectors, memory; products of few rows, which read each weight once and as it lies; products of many rows, which
-have a row in each lane of a vector. `native_kimi_k26` compiles the parts as one and knows their functions.
+Numbers, vectors, memory; products of few rows, which read each weight once; products of many rows, which have a row in each
+lane of a vector. `native_kimi_k26` compiles the parts as one and knows their functions.
 """
 
 INCLUDES = r"""
@@ -170,8 +170,6 @@ template <int O, int R> static inline void dots(const bf16* w, const bf16* const
 template <int O, int R>
 static inline void dots4(const uint8_t* w, const bf16* scales, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]);
 
-enum { MOST = 32 };  // rows that meet weights together, which come from memory once: as many as are called few
-
 // y[r][o - from] = m[o] . x[r] for outputs `from` to `to`, a block at most.
 template <int R> static void product(Matrix m, i64 from, i64 to, const bf16* const* x, i64 k, i64 group, float (*y)[BLOCK]) {
     constexpr int COUNT = R <= 4 ? 4 : 2;  // outputs whose sums make one vector
@@ -187,7 +185,7 @@ template <int R> static void product(Matrix m, i64 from, i64 to, const bf16* con
 }
 
 // `sink(o, r, y, there)` gets y = m[o …] . x[r] of a block of outputs at a time, of which those exist that are `there`. Up to
-// `MOST` rows; spread ones for INT4 words. A row has the same results in any company.
+// `MOST` rows, so that weights come from memory once; spread ones for INT4 words. A row has the same results in any company.
 template <class F> static void products(Matrix m, i64 from, i64 to, const bf16* const* x, i64 rows, i64 k, i64 group, F sink) {
     const i64 some = rows > ROWS ? 4 : BLOCK;  // outputs that all rows meet before the next ones
     float sums[2][MOST][BLOCK];
@@ -219,7 +217,7 @@ template <class F> static void products(Matrix m, i64 from, i64 to, const bf16* 
 }
 
 #ifndef TILES
-// The same for bfloat16 weights, some of the outputs, and rows that are `row` values apart.
+// The same for bfloat16 weights, some of the outputs, and any number of rows that are `row` values apart.
 template <class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, Range outputs, F sink, Ahead = {}) {
     for (i64 first = 0; first < rows; first += MOST) {
         const bf16* given[MOST];

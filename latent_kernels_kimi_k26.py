@@ -167,6 +167,8 @@ struct Heads {
                 }
                 take(a, b, k / 2, latent, rotary, scale + k);
             }
+            const auto hidden = [&](i64 k) { return k >= there || (mask && !mask[block + k]); };
+            for (i64 k = 0; k < KEYS; k++) if (hidden(k)) scale[k] = 0;  // whatever such a key is, it weighs nothing
             const Ahead ahead = block + KEYS < end ? ahead_of(a, c, {row, block + KEYS, end}) : next;
             coming = {{{(const char*)ahead.at, (const char*)ahead.end}, {(const char*)ahead.then, (const char*)ahead.last}}};
             const i64 lines = KEYS * (a.rank + a.rope) / 32 / 2;  // of the next block: half of them with the scores, half with the values
@@ -177,7 +179,7 @@ struct Heads {
                 float* scores = b.scores + g * LANES;
                 uint32_t* weights = b.weights + g * LANES * weight_row;
                 for (i64 k = 0; k < stretches * STRETCH; k++)
-                    if (k >= there || (mask && !mask[block + k])) _mm512_storeu_ps(scores + k * PANEL, never);
+                    if (hidden(k)) _mm512_storeu_ps(scores + k * PANEL, never);
                 __m512 factor[KEYS / STRETCH];
                 const __m512 shrink = soften(scores, stretches, s.best, s.total, factor);
                 alignas(32) float less[LANES];

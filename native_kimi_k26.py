@@ -28,12 +28,12 @@ from .prefill_kernels_kimi_k26 import PREFILL
 from .tile_kernels_kimi_k26 import PRODUCTS_IN_TILES, TILES
 
 
+MOST_ROWS = 32  # that are few: above, unpacking weights for many rows and the matrix products of PyTorch are faster
 MANY_ROWS = f"#ifdef TILES{PRODUCTS_IN_TILES}#else{PANELS}#endif\n"
 PRODUCTS = f"#ifdef BFLOAT16_PRODUCTS{BFLOAT16}{MANY_ROWS}#else{INTEGERS}#endif"
-SOURCE = f"{INCLUDES}namespace kimi {{{TILES}{AVX2}{COMMON}{PRODUCTS}{ATTENTION}{LATENTS}{PREFILL}{EXPERTS}}}\n"
+SOURCE = f"{INCLUDES}namespace kimi {{\nenum {{ MOST = {MOST_ROWS} }};  // rows that are few\n{TILES}{AVX2}{COMMON}{PRODUCTS}{ATTENTION}{LATENTS}{PREFILL}{EXPERTS}}}\n"
 NEEDED = {"avx2", "fma"}  # as /proc/cpuinfo has them; AVX-512 with bfloat16 products is used where it is
 INPUTS = 32  # all products run over multiples of so many inputs
-MOST_ROWS = 32  # that are few: above, unpacking weights for many rows and the matrix products of PyTorch are faster
 
 
 def fields(kind, names: str) -> list:

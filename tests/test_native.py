@@ -194,6 +194,15 @@ def test_what_is_not_finite_stays_so(bad):
     assert not finite[1].any() and finite[[0, 2]].all()
 
 
+@pytest.mark.usefixtures("each_kind")
+def test_no_expert_is_chosen_twice():
+    """Not even where scores are no numbers: a row would count twice among its expert's."""
+    model = make({})
+    layer = model.language_model.model.layers[1]
+    layer.mlp.gate.e_score_correction_bias.data[[0, 1, *range(3, len(layer.mlp.experts))]] = float("nan")
+    assert bool(one_step(layer, *inputs(model, 32, 4))[0].isfinite().all())
+
+
 @pytest.mark.parametrize("rows", [1, 7, 200])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_linear_layer_where_pytorch_is_slow(rows, bias, monkeypatch):

@@ -1,4 +1,4 @@
-"""tokenization_kimi.py and vocabulary_kimi.py: text ⇄ ids through the library's interface."""
+"""tokenization_kimi.py, token_bytes_kimi.py and vocabulary_kimi.py: text ⇄ ids through the library's interface."""
 
 import base64
 import copy
