@@ -48,7 +48,6 @@ struct Heads {
             to += LANES * padded(size) / 2;
         }
     }
-    static Ahead ahead_of(const Attention&, const Latents& c, const Keys& k) { return block_of(c, k, KEYS); }
     static void read(const Attention& a, const Latents& c, const Keys& keys, Ahead next, const uint32_t* queries, TeamSums team, uint32_t* memory) {
         const i64 row = keys.row;
         const Sums& s = team[0];
@@ -62,7 +61,7 @@ struct Heads {
                   [&](i64 first, i64 count, const __m512 (&shrink)[1], Ahead& ahead) {
                       add_rows(latent + first * c.latent_key, c.latent_key, a.rank, s.weights, count, first == keys.begin, shrink[0], s.read, ahead);
                   },
-                  [&](i64 k) { return k < keys.end ? ahead_of(a, c, {row, k, std::min(keys.end, k + some)}) : next; });
+                  [&](i64 k) { return k < keys.end ? block_of(c, {row, k, std::min(keys.end, k + some)}, KEYS) : next; });
     }
     static const float* columns(const Sums& s, const Attention& a, i64 i, i64 column) { return s.read + i * a.rank + column; }
     static void store32(__m512 low, __m512 high, bf16* to) { store_columns(low, high, to); }
@@ -169,7 +168,7 @@ struct Heads {
             }
             const auto hidden = [&](i64 k) { return k >= there || (mask && !mask[block + k]); };
             for (i64 k = 0; k < KEYS; k++) if (hidden(k)) scale[k] = 0;  // whatever such a key is, it weighs nothing
-            const Ahead ahead = block + KEYS < end ? ahead_of(a, c, {row, block + KEYS, end}) : next;
+            const Ahead ahead = block + KEYS < end ? block_of(c, {row, block + KEYS, end}, KEYS) : next;
             coming = {{{(const char*)ahead.at, (const char*)ahead.end}, {(const char*)ahead.then, (const char*)ahead.last}}};
             const i64 lines = KEYS * (a.rank + a.rope) / 32 / 2;  // of the next block: half of them with the scores, half with the values
             meet({(uint32_t*)queries, (float*)queries + all / 2 * PANEL}, 1, b.keys, (const float*)b.keys + all / 2, there, key_row, all / STRETCH,
@@ -195,7 +194,6 @@ struct Heads {
             }
         }
     }
-    static Ahead ahead_of(const Attention&, const Latents& c, const Keys& k) { return block_of(c, k, KEYS); }
     static const float* columns(const Sums& s, const Attention&, i64 i, i64 column) { return s.read + (column * LANES + i * PANEL); }
     static void store32(__m512 low, __m512 high, bf16* to) {
         const auto sixteen = [](__m512 x) { return _mm256_packus_epi32(narrow8(x.low), narrow8(x.high)); };
@@ -249,7 +247,7 @@ struct Reader {
         Dealt heads{dealt[0], a.heads, 1};
         for (Range one = heads.take(), next; !one.none(); one = next) {
             next = heads.take();
-            const Ahead ahead = next.none() ? Heads::ahead_of(a, c, keys_of(std::min(me, units - 1))) : rows_of(expansion(a, next.begin), a.rank, {0, a.nope});
+            const Ahead ahead = next.none() ? block_of(c, keys_of(std::min(me, units - 1)), Heads::KEYS) : rows_of(expansion(a, next.begin), a.rank, {0, a.nope});
             for (i64 from = 0; from < rows; from += WEIGHED) {
                 const i64 some = std::min<i64>(rows - from, WEIGHED), at = from * a.heads + one.begin;
                 const uint32_t* pairs = (const uint32_t*)(q.still + from * q.still_row + one.begin * q.still_head);  // two neighbours: a pair
@@ -277,7 +275,7 @@ struct Reader {
         Dealt dealt_units{dealt[1], units, 1};
         for (Range one = dealt_units.take(), next; !one.none(); one = next) {
             next = dealt_units.take();
-            const Ahead ahead = next.none() ? values_of(std::min(me, a.heads * parts - 1)) : Heads::ahead_of(a, c, keys_of(next.begin));
+            const Ahead ahead = next.none() ? values_of(std::min(me, a.heads * parts - 1)) : block_of(c, keys_of(next.begin), Heads::KEYS);
             const i64 piece = one.begin % most, r = one.begin / most / teams, group = one.begin / most % teams * Heads::TEAM;
             const TeamSums team = {&sums[(r * groups + group) * most + piece], std::min<i64>(Heads::TEAM, groups - group), most};
             if (piece < pieces(first + r)) Heads::read(a, c, keys_of(one.begin), ahead, packed + one.begin / most * Heads::words(a), team, bench);
