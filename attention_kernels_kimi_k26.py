@@ -5,12 +5,10 @@ ATTENTION = r"""
 
 struct Sums {  // of each query: the largest score, the sum, the weighted values as whoever adds them up has them in order
     float *best, *total, *read;
-    float* scores; uint32_t* weights;  // (keys, queries), (keys / 2, queries): within a block
     i64 read_size;
-    void layout(i64 queries, i64 columns, i64 keys) {
+    void layout(i64 queries, i64 columns) {
         read_size = columns * queries;
         best = arena.take<float>(queries); total = arena.take<float>(queries); read = arena.take<float>(read_size);
-        scores = arena.take<float>(keys * queries); weights = arena.take<uint32_t>(keys / 2 * queries);
     }
 };
 
@@ -25,7 +23,8 @@ struct Reading {
     const int32_t* limits;  // null, or how many keys each query may see
     const uint8_t* mask;    // null, or for each key 0 for padding
     float scale;
-    bf16* copies;           // null, or memory of this thread for rows of keys that cannot be read as they lie
+    float* scores; uint32_t* weights;  // memory of this thread for those of a block: (keys, queries), (keys / 2, queries)
+    bf16* copies;                      // null, or such memory for rows of keys that cannot be read as they lie
 };
 
 // `score` writes what `keys` keys from `block` on and all queries have together, (keys, queries), before they are scaled. What will be
@@ -136,20 +135,20 @@ template <int G, class F, class A> static void attend(const Reading& a, i64 begi
     memset(s.read, 0, s.read_size * sizeof(float));
     for (i64 block = begin; block < end; block += some) {
         const i64 keys = std::min(end - block, some), whole = (keys + TOGETHER - 1) / TOGETHER * TOGETHER;
-        const auto hide = [&](i64 k) { for (int g = 0; g < G; g++) _mm512_storeu_ps(s.scores + (k * G + g) * LANES, never); };
+        const auto hide = [&](i64 k) { for (int g = 0; g < G; g++) _mm512_storeu_ps(a.scores + (k * G + g) * LANES, never); };
         Ahead ahead = after(block + keys);
-        score<G>(a, block, keys, s.scores, ahead);
+        score<G>(a, block, keys, a.scores, ahead);
         i64 k;
         if (a.mask) for (k = 0; k < keys; k++) if (!a.mask[block + k]) hide(k);
         for (k = std::max<i64>(0, unlimited - block); k < keys; k++)
             for (int g = 0; g < G; g++) {
                 const __mmask16 hidden = _mm512_cmple_epi32_mask(limit[g], _mm512_set1_epi32(block + k));
-                _mm512_mask_storeu_ps(s.scores + (k * G + g) * LANES, hidden, never);
+                _mm512_mask_storeu_ps(a.scores + (k * G + g) * LANES, hidden, never);
             }
         for (k = keys; k < whole; k++) hide(k);
         __m512 shrink[G];
         for (int g = 0; g < G; g++) {
-            const float* score = s.scores + g * LANES;
+            const float* score = a.scores + g * LANES;
             __m512 top = never;
             for (k = 0; k < keys; k++) top = _mm512_max_ps(top, _mm512_loadu_ps(score + k * G * LANES));
             top = _mm512_max_ps(best[g], _mm512_mul_ps(top, scale));
@@ -163,7 +162,7 @@ template <int G, class F, class A> static void attend(const Reading& a, i64 begi
                 ahead.ask(4);
                 const __m512 one = weight(k), two = weight(k + 1);
                 sum = _mm512_add_ps(sum, _mm512_add_ps(one, two));
-                _mm512_storeu_si512(s.weights + (k / 2 * G + g) * LANES, paired(one, two));
+                _mm512_storeu_si512(a.weights + (k / 2 * G + g) * LANES, paired(one, two));
             }
             total[g] = sum;
         }
@@ -248,7 +247,7 @@ enum { WEIGHED = 16 };
 static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum, Ahead next) {
     for (i64 k = 0; k < 2 * pairs; k += MOST_ADDED) {
         const bf16 *at = w + k * width, *after = at + MOST_ADDED * width, *end = w + 2 * pairs * width;
-        Ahead more = {after, std::min(after + MOST_ADDED * width, end)};
+        Ahead more = {after, std::min<i64>(MOST_ADDED * width, end - after) * (i64)sizeof *after};
         add_rows(at, width, width, (const bf16*)weights + k, 2 * weight_stride, rows, std::min<i64>(2 * pairs - k, MOST_ADDED), k == 0, _mm512_set1_ps(1), sum,
                  after < end ? more : next);
     }

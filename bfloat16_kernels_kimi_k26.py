@@ -169,10 +169,11 @@ template <class P> static void fill(Panel to, Matrix m, i64 from, i64 outputs, i
 }
 
 // Let the weights of some outputs come nearer while others are being multiplied.
-static void ask_for(Matrix m, i64 from, i64 k) {
-    const i64 row = row_bytes(m, k);
-    const char* begin = (const char*)m.values + from * row;
-    for (const char* at = begin; at < begin + PANEL * row; at += 64) _mm_prefetch(at, _MM_HINT_T1);
+static void ask_for(i64 from, i64 k, Matrix a, Matrix b = {}) {
+    for (const Matrix m : {a, b}) {
+        const i64 row = m.values ? row_bytes(m, k) : 0;
+        Ahead((const char*)m.values + from * row, PANEL * row).ask(PANEL * row / 64);
+    }
 }
 """
 
@@ -235,17 +236,10 @@ static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint
     const i64 pieces = (rows + HEIGHT - 1) / HEIGHT;  // of about as many rows each
     for (i64 piece = 0; piece < pieces; piece++) {
         const i64 first = rows * piece / pieces;
-        const auto some = [&](auto count) {
+        with_constant<HEIGHT>(rows * (piece + 1) / pieces - first, [&](auto count) {
             if (m.scales) meet<count, true>(w, group, x + first * row, row, k, y + first * PANEL);
             else meet<count, false>(w, group, x + first * row, row, k, y + first * PANEL);
-        };
-        switch (rows * (piece + 1) / pieces - first) {
-            case 1: some(std::integral_constant<int, 1>()); break;
-            case 2: some(std::integral_constant<int, 2>()); break;
-            case 3: some(std::integral_constant<int, 3>()); break;
-            case 4: some(std::integral_constant<int, 4>()); break;
-            default: some(std::integral_constant<int, HEIGHT>());
-        }
+        });
     }
 }
 """

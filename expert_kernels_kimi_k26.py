@@ -236,7 +236,7 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
             #pragma omp barrier
             #pragma omp for schedule(dynamic, 1)
             for (i64 o = 0; o < width; o += PANEL) {
-                if (e + 1 < count) { ask_for(team[e + 1].expert->gate, o, hidden); ask_for(team[e + 1].expert->up, o, hidden); }
+                if (e + 1 < count) ask_for(o, hidden, team[e + 1].expert->gate, team[e + 1].expert->up);
                 meet(mine.panel, t.expert->gate, o, width, group, outer, t.rows, outer_row, hidden, mine.y);
                 meet(mine.panel, t.expert->up, o, width, group, outer, t.rows, outer_row, hidden, mine.z);
                 for (i64 r = 0; r < t.rows; r++) {
@@ -248,7 +248,7 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
             }
             #pragma omp for schedule(dynamic, 1)
             for (i64 o = 0; o < hidden; o += PANEL) {
-                if (e + 1 < count) ask_for(team[e + 1].expert->down, o, width);
+                if (e + 1 < count) ask_for(o, width, team[e + 1].expert->down);
                 meet(mine.panel, t.expert->down, o, hidden, group, inner, t.rows, inner_row, width, mine.y);
                 const auto sum_of = [&](i64 r, int v) { return sums + pair[r] / f.top_k * hidden + o + v * LANES; };
                 for (i64 r = 0; r < t.rows; r++)

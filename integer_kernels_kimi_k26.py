@@ -362,18 +362,12 @@ static __attribute__((noinline)) void meet(Panel w, i64 same, const uint32_t* x,
     }
 }
 
-// Memory that will be needed later, in two parts: it comes nearer a few lines at a time while what is here already is multiplied.
-struct Coming {
-    struct { const char *at, *end; } parts[2];
-    int turn;
-    void some(i64 lines) {
-        for (auto& part : parts)
-            for (; lines && part.at < part.end; lines--, part.at += 64) _mm_prefetch(part.at, _MM_HINT_T1);
-    }
-};
-static thread_local Coming coming;
-static void ask_for(const void* from, i64 bytes) { coming.parts[coming.turn ^= 1] = {(const char*)from, (const char*)from + bytes}; }
-static void ask_for(Matrix m, i64 from, i64 k) { ask_for((const char*)m.values + from * row_bytes(m, k), PANEL * row_bytes(m, k)); }
+// What will be multiplied later: it comes nearer a few lines at a time while what is here already is multiplied.
+static thread_local Ahead coming;
+static void ask_for(i64 from, i64 k, Matrix a, Matrix b = {}) {
+    const i64 rows[2] = {row_bytes(a, k), b.values ? row_bytes(b, k) : 0};
+    coming = {(const char*)a.values + from * rows[0], PANEL * rows[0], (const char*)b.values + from * rows[1], PANEL * rows[1]};
+}
 
 // The same with a panel's outputs, all or the first sixteen, for any number of rows, whose scales lie apart from their pairs: (rows, PANEL).
 // A few rows meet the whole panel before the next ones, which may come from far. So many `lines` of what is coming are asked for meanwhile.
@@ -382,19 +376,11 @@ static void meet(Panel w, i64 same, const uint32_t* x, const float* scales, i64 
     const i64 pieces = (rows + HEIGHT - 1) / HEIGHT;  // of about as many rows each
     for (i64 piece = 0; piece < pieces; piece++) {
         const i64 first = rows * piece / pieces;
-        if (lines) coming.some(lines / pieces + 1);
-        const auto some = [&](auto count) {
+        if (lines) coming.ask(lines / pieces + 1);
+        with_constant<HEIGHT>(rows * (piece + 1) / pieces - first, [&](auto count) {
             for (int half = 0; half < outputs; half += LANES)
                 meet<count>({w.words + half, w.scales + half}, same, x + first * row, scales + first * row, row, stretches, y + first * PANEL + half, fresh);
-        };
-        switch (rows * (piece + 1) / pieces - first) {
-            case 1: some(std::integral_constant<int, 1>()); break;
-            case 2: some(std::integral_constant<int, 2>()); break;
-            case 3: some(std::integral_constant<int, 3>()); break;
-            case 4: some(std::integral_constant<int, 4>()); break;
-            case 5: some(std::integral_constant<int, 5>()); break;
-            default: some(std::integral_constant<int, HEIGHT>());
-        }
+        });
     }
 }
 

@@ -88,6 +88,13 @@ typedef Dealt Outputs;
 struct Outputs : Share { Outputs(std::atomic<i64>&, i64 count) : Share(count, 16) {} };  // of what follows each thread asks for more
 #endif
 
+// Calls f with `n`, from 1 to N, as a constant.
+template <int N, class F> static inline void with_constant(i64 n, F f) {
+    if constexpr (N > 1)
+        if (n < N) return with_constant<N - 1>(n, f);
+    f(std::integral_constant<int, N>());
+}
+
 enum { PART = 64 };  // outputs that a thread takes at once where matrices follow one another
 static inline Range part_of(i64 part, i64 count) { return {std::min(part * PART, count), std::min((part + 1) * PART, count)}; }
 
@@ -143,16 +150,21 @@ template <int O, int R> static inline void settle(const __m512 (&sum)[R][O], flo
 
 // Memory that will be read soon, a stretch and another one: some lines of it are asked for while others are worked on.
 struct Ahead {
-    const bf16 *at = nullptr, *end = nullptr, *then = nullptr, *last = nullptr;
+    const char *at = nullptr, *end = nullptr, *then = nullptr, *last = nullptr;
+    Ahead() = default;
+    Ahead(const void* one, i64 bytes, const void* other = nullptr, i64 of_other = 0)
+        : at((const char*)one), end(at + bytes), then((const char*)other), last(then + of_other) {}
     void ask(i64 lines) {
-        for (; lines > 0; lines--, at += 32) {
-            if (at >= end) { at = then; end = last; then = last; }
-            if (at >= end) return;
-            _mm_prefetch(at, _MM_HINT_T1);
+        for (int part = 0; part < 2; part++) {
+            const char *line = at, *stop = std::min(end, line + 64 * lines);
+            for (; line < stop; line += 64, lines--) _mm_prefetch(line, _MM_HINT_T1);
+            at = line;
+            if (at < end) return;
+            at = then; end = last; then = last;
         }
     }
 };
-static inline Ahead rows_of(const bf16* w, i64 k, Range outputs) { return {w + outputs.begin * k, w + outputs.end * k}; }
+static inline Ahead rows_of(const bf16* w, i64 k, Range outputs) { return {w + outputs.begin * k, (outputs.end - outputs.begin) * k * (i64)sizeof *w}; }
 
 enum { AHEAD = 6144 };  // bytes: weights are asked for so long before they are needed, as memory is slow to answer
 static inline void ask_ahead(const void* at) { _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T1); }
@@ -199,16 +211,7 @@ template <class F> static void products(Matrix m, i64 from, i64 to, const bf16* 
             for (i64 r = 0; r < rows; r += ROWS) {
                 const i64 last = std::min<i64>(o + some, end);
                 float (*y)[BLOCK] = (float (*)[BLOCK])(&sums[turn][r][o - block]);
-                switch (std::min<i64>(rows - r, ROWS)) {
-                    case 1: product<1>(m, o, last, x + r, k, group, y); break;
-                    case 2: product<2>(m, o, last, x + r, k, group, y); break;
-                    case 3: product<3>(m, o, last, x + r, k, group, y); break;
-                    case 4: product<4>(m, o, last, x + r, k, group, y); break;
-                    case 5: product<5>(m, o, last, x + r, k, group, y); break;
-                    case 6: product<6>(m, o, last, x + r, k, group, y); break;
-                    case 7: product<7>(m, o, last, x + r, k, group, y); break;
-                    default: product<8>(m, o, last, x + r, k, group, y);
-                }
+                with_constant<ROWS>(std::min<i64>(rows - r, ROWS), [&](auto count) { product<count>(m, o, last, x + r, k, group, y); });
             }
         // One block later, as what was just written in small pieces cannot be read at once as a whole.
         if (block > from) give(block - BLOCK, sums[turn ^ 1]);

@@ -23,9 +23,9 @@ struct Keys { i64 row, begin, end; };  // of a sequence
 
 // The memory of the first of some keys.
 static Ahead block_of(const Latents& c, const Keys& k, i64 most) {
-    const bf16 *latent = c.latent + k.row * c.latent_row, *rotary = c.rotary + k.row * c.rotary_row;
-    const i64 end = std::min(k.end, k.begin + most);
-    return {latent + k.begin * c.latent_key, latent + end * c.latent_key, rotary + k.begin * c.rotary_key, rotary + end * c.rotary_key};
+    const i64 bytes = std::min(k.end - k.begin, most) * (i64)sizeof(bf16);
+    return {c.latent + k.row * c.latent_row + k.begin * c.latent_key, bytes * c.latent_key,
+            c.rotary + k.row * c.rotary_row + k.begin * c.rotary_key, bytes * c.rotary_key};
 }
 
 // The sums of neighbouring groups of heads over the same keys.
@@ -40,7 +40,7 @@ struct TeamSums {
 struct Heads {
     enum { TEAM = 1, KEYS = 128, PIECE = 256 };  // keys at a time, at most; at the least for a thread, where more than one can have them
     static i64 words(const Attention& a) { return LANES * (padded(a.rank) + padded(a.rope)) / 2; }  // of their queries
-    static i64 bench(const Attention& a) { return copied(a.rank, a.rope) / 2; }  // words that a thread needs besides
+    static i64 bench(const Attention& a) { return KEYS * LANES + KEYS / 2 * LANES + copied(a.rank, a.rope) / 2; }  // words that a thread needs besides
     static void pack(const Attention& a, const bf16* const* still, const bf16* const* turning, i64 some, uint32_t* to, uint32_t*) {
         for (auto [part, size] : {std::pair(still, a.rank), std::pair(turning, a.rope)}) {
             kimi::pack(part, some, size / 2, to, LANES);
@@ -54,12 +54,12 @@ struct Heads {
         const bf16* latent = c.latent + row * c.latent_row;
         const Reading reading = {{{queries, latent, c.latent_key, a.rank},
                                   {queries + LANES * padded(a.rank) / 2, c.rotary + row * c.rotary_row, c.rotary_key, a.rope}},
-                                 nullptr, c.mask ? c.mask + row * c.mask_row : nullptr, a.scale, (bf16*)memory};
+                                 nullptr, c.mask ? c.mask + row * c.mask_row : nullptr, a.scale, (float*)memory, memory + KEYS * LANES, (bf16*)(memory + KEYS * LANES + KEYS / 2 * LANES)};
         const i64 all = keys.end - keys.begin, unit = std::max<i64>((all + KEYS - 1) / KEYS, 1) * TOGETHER;
         const i64 some = (all + unit - 1) / unit * TOGETHER;  // blocks of about as many keys each
         attend<1>(reading, keys.begin, keys.end, some, s,
                   [&](i64 first, i64 count, const __m512 (&shrink)[1], Ahead& ahead) {
-                      add_rows(latent + first * c.latent_key, c.latent_key, a.rank, s.weights, count, first == keys.begin, shrink[0], s.read, ahead);
+                      add_rows(latent + first * c.latent_key, c.latent_key, a.rank, reading.weights, count, first == keys.begin, shrink[0], s.read, ahead);
                   },
                   [&](i64 k) { return k < keys.end ? block_of(c, {row, k, std::min(keys.end, k + some)}, KEYS) : next; });
     }
@@ -168,8 +168,7 @@ struct Heads {
             }
             const auto hidden = [&](i64 k) { return k >= there || (mask && !mask[block + k]); };
             for (i64 k = 0; k < KEYS; k++) if (hidden(k)) scale[k] = 0;  // whatever such a key is, it weighs nothing
-            const Ahead ahead = block + KEYS < end ? block_of(c, {row, block + KEYS, end}, KEYS) : next;
-            coming = {{{(const char*)ahead.at, (const char*)ahead.end}, {(const char*)ahead.then, (const char*)ahead.last}}};
+            coming = block + KEYS < end ? block_of(c, {row, block + KEYS, end}, KEYS) : next;
             const i64 lines = KEYS * (a.rank + a.rope) / 32 / 2;  // of the next block: half of them with the scores, half with the values
             meet({(uint32_t*)queries, (float*)queries + all / 2 * PANEL}, 1, b.keys, (const float*)b.keys + all / 2, there, key_row, all / STRETCH,
                  b.scores, true, team.groups * LANES, lines);
@@ -236,7 +235,7 @@ struct Reader {
         packed = arena.take<uint32_t>(rows * teams * Heads::words(a));
         benches = arena.take<uint32_t>(threads * Heads::bench(a));
         read16 = arena.take<bf16>(rows * a.heads * a.rank);
-        for (Sums& one : sums) one.layout(LANES, a.rank, Heads::KEYS);
+        for (Sums& one : sums) one.layout(LANES, a.rank);
     }
     // value (rows, heads, v). `then` is what this thread reads afterwards. Turned parts are read after the first barrier.
     void run(const Queries& q, bf16* value, Ahead then) {

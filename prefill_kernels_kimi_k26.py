@@ -119,16 +119,15 @@ struct Copied {
     const i64 size = padded(e.nope + e.rope);
     const Values held = {e, (e.v + LANES - 1) / LANES * LANES};
     bf16 *keys, *values;
-    uint32_t* queries[MAX_THREADS];
-    Sums sums[MAX_THREADS];
+    struct Mine { uint32_t* queries; float* scores; uint32_t* weights; Sums sums; } benches[MAX_THREADS];
 
     i64 bytes() const { return (room_for(e.keys) * size + held.size()) * sizeof(bf16); }  // of a head
     void layout(i64 heads, i64 threads) {
         keys = arena.take<bf16>(heads * room_for(e.keys) * size);
         values = arena.take<bf16>(heads * held.size());
         for (i64 t = 0; t < threads; t++) {
-            sums[t].layout(QUERIES, held.columns, Values::KEYS);
-            queries[t] = arena.take<uint32_t>(QUERIES * size / 2);
+            benches[t] = {arena.take<uint32_t>(QUERIES * size / 2), arena.take<float>(Values::KEYS * QUERIES), arena.take<uint32_t>(Values::KEYS / 2 * QUERIES)};
+            benches[t].sums.layout(QUERIES, held.columns);
         }
     }
     void copy(i64 b, i64 h, i64 n) {
@@ -141,22 +140,22 @@ struct Copied {
         held.copy(b, h, values + n * held.size());
     }
     const Sums& answer(const Asked& a) {
-        const int me = omp_get_thread_num();
-        const Sums& s = sums[me];
+        const Mine& mine = benches[omp_get_thread_num()];
+        const Sums& s = mine.sums;
         const bf16 *still[QUERIES], *turning[QUERIES];
         for (i64 i = 0; i < QUERIES; i++) {
             still[i] = e.query + place(e.query_at, a.b, a.tokens[i], a.h);
             turning[i] = e.turned + place(e.turned_at, a.b, a.tokens[i], a.h);
         }
-        std::fill(queries[me] + (e.nope + e.rope) / 2 * QUERIES, queries[me] + size / 2 * QUERIES, 0);
+        std::fill(mine.queries + (e.nope + e.rope) / 2 * QUERIES, mine.queries + size / 2 * QUERIES, 0);
         for (int g = 0; g < GROUPS; g++) {
-            pack(still + g * LANES, LANES, e.nope / 2, queries[me] + g * LANES, QUERIES);
-            pack(turning + g * LANES, LANES, e.rope / 2, queries[me] + e.nope / 2 * QUERIES + g * LANES, QUERIES);
+            pack(still + g * LANES, LANES, e.nope / 2, mine.queries + g * LANES, QUERIES);
+            pack(turning + g * LANES, LANES, e.rope / 2, mine.queries + e.nope / 2 * QUERIES + g * LANES, QUERIES);
         }
-        const Reading reading = {{{queries[me], keys + a.n * room_for(e.keys) * size, size, size}, {}}, a.limits,
-                                 e.mask ? e.mask + a.b * e.mask_row : nullptr, e.scale};
+        const Reading reading = {{{mine.queries, keys + a.n * room_for(e.keys) * size, size, size}, {}}, a.limits,
+                                 e.mask ? e.mask + a.b * e.mask_row : nullptr, e.scale, mine.scores, mine.weights};
         attend<GROUPS>(reading, 0, a.keys, Values::KEYS, s, [&](i64 first, i64 count, const __m512 (&shrink)[GROUPS], Ahead&) {
-            held.add(values + a.n * held.size(), first, count, s.weights, shrink, s.read);
+            held.add(values + a.n * held.size(), first, count, mine.weights, shrink, s.read);
         }, [](i64) { return Ahead(); });
         return s;
     }
@@ -172,7 +171,7 @@ struct Copied {
     const i64 columns = (e.v + LANES - 1) / LANES * LANES, key_row = paired_size(size);
     const i64 value_row = paired_size(KEYS), value_block = columns * value_row, blocks = (e.keys + KEYS - 1) / KEYS;
     uint32_t *keys, *values;  // rows of pairs: (heads, keys) and (heads, blocks of keys, columns), as they will be read
-    struct Mine { bf16* rows; Panel queries, weights; Sums sums; } benches[MAX_THREADS];
+    struct Mine { bf16* rows; float* scores; Panel queries, weights; Sums sums; } benches[MAX_THREADS];
 
     i64 bytes() const { return (e.keys * key_row + blocks * value_block) * sizeof(uint32_t); }  // of a head
     void layout(i64 heads, i64 threads) {
@@ -181,9 +180,10 @@ struct Copied {
         for (i64 t = 0; t < threads; t++) {
             Mine& mine = benches[t];
             mine.rows = arena.take<bf16>(QUERIES * size);
+            mine.scores = arena.take<float>(KEYS * QUERIES);
             mine.queries = {arena.take<uint32_t>(size / 2 * PANEL), arena.take<float>(size / STRETCH * PANEL)};
             mine.weights = {arena.take<uint32_t>(KEYS / 2 * PANEL), arena.take<float>(KEYS / STRETCH * PANEL)};
-            mine.sums.layout(QUERIES, columns, KEYS);
+            mine.sums.layout(QUERIES, columns);
         }
     }
     void copy(i64 b, i64 h, i64 n) {
@@ -215,17 +215,14 @@ struct Copied {
         const uint32_t *key = keys + a.n * e.keys * key_row, *value = values + a.n * blocks * value_block;
         for (i64 block = 0; block < a.keys; block += KEYS, key += KEYS * key_row, value += value_block) {
             const i64 there = std::min<i64>(a.keys - block, KEYS), stretches = (there + STRETCH - 1) / STRETCH;
-            if (block + KEYS < a.keys) {
-                ask_for(key + KEYS * key_row, KEYS * key_row * sizeof *key);
-                ask_for(value + value_block, value_block * sizeof *value);
-            }
-            meet(mine.queries, 1, key, (const float*)key + size / 2, there, key_row, size / STRETCH, s.scores, true, PANEL, KEYS * key_row / 16);
-            hide(a, block, there, stretches * STRETCH, s.scores);
+            if (block + KEYS < a.keys) coming = {key + KEYS * key_row, KEYS * key_row * (i64)sizeof *key, value + value_block, value_block * (i64)sizeof *value};
+            meet(mine.queries, 1, key, (const float*)key + size / 2, there, key_row, size / STRETCH, mine.scores, true, PANEL, KEYS * key_row / 16);
+            hide(a, block, there, stretches * STRETCH, mine.scores);
             for (int at = 0; at < QUERIES; at += LANES) {
                 __m512 factor[KEYS / STRETCH];
-                const __m512 most = _mm512_set1_ps(MOST_WEIGHT), shrink = soften(s.scores + at, stretches, s.best + at, s.total + at, factor);
+                const __m512 most = _mm512_set1_ps(MOST_WEIGHT), shrink = soften(mine.scores + at, stretches, s.best + at, s.total + at, factor);
                 for (i64 p = 0; p < stretches * STRETCH / 2; p++) {
-                    const float* score = s.scores + 2 * p * QUERIES + at;
+                    const float* score = mine.scores + 2 * p * QUERIES + at;
                     const __m512 one = _mm512_mul_ps(_mm512_loadu_ps(score), most), two = _mm512_mul_ps(_mm512_loadu_ps(score + QUERIES), most);
                     _mm512_storeu_si512(mine.weights.words + p * PANEL + at, pairs_of(one, two));
                 }

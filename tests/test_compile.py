@@ -10,7 +10,7 @@ from transformers import StaticCache
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
 from kimi_k26.native_kimi_k26 import library
 
-from .test_native import make as make_native
+from .native_models import make as make_native
 from .tiny_models import config_dict, fill
 
 PROMPT, STEPS = 8, 200
