@@ -13,7 +13,7 @@ TRITON := 3.7.1
 .PHONY: test demo bench clean
 
 # All versions at once; each prints when it is done. What does not hang on the version (the benchmarks, which run in the newest environment
-# alone, and the kernels for GPUs) is tested beside them, once.
+# alone, kernels, grammars, what killed processes leave behind) is tested beside them, once.
 test: $(VERSIONS:%=.venv/%/complete)
 	@{ printf '%s:not once\n' $(VERSIONS); echo '$(NEWEST):once'; } | xargs -P 4 -I JOB sh -c '\
 	    job="JOB"; version=$${job%%:*}; which=$${job#*:}; log=".venv/$$version/$$which.log"; \

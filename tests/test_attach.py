@@ -358,6 +358,7 @@ def no_space():
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make", [lambda path: published(path / "model"), hub_cache], ids=["files", "links"])
 @pytest.mark.parametrize("action", [attach.attach, attach.undo])
 def test_a_failing_call_leaves_the_old_state(tmp_path, few_files, make, action):
@@ -458,6 +459,7 @@ def killed_everywhere(folder: Path, action: str, links: str = "with") -> list[Pa
     return [folder.parent / f"{action}-{number}" for number in range(1, int(done.stdout) + 1)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("action", ["attach", "undo"])
 def test_killed_at_any_moment_it_shows_one_state_and_recovers(tmp_path, capsys, few_files, action):
     folder = published(tmp_path / "model")
@@ -489,6 +491,7 @@ def test_killed_at_any_moment_it_shows_one_state_and_recovers(tmp_path, capsys, 
     capsys.readouterr()
 
 
+@pytest.mark.once
 def test_killed_without_symbolic_links_it_recovers(tmp_path, capsys, few_files):
     folder = published(tmp_path / "model")
     old = contents(folder)
@@ -498,6 +501,7 @@ def test_killed_without_symbolic_links_it_recovers(tmp_path, capsys, few_files):
     capsys.readouterr()
 
 
+@pytest.mark.once
 def test_killed_in_a_hub_cache_it_shows_one_state(tmp_path, capsys, few_files):
     folder = hub_cache(tmp_path)
     old, links = contents(folder), {name: entry for name, entry in snapshot(folder).items() if entry[0] == "link"}

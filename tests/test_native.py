@@ -14,7 +14,7 @@ from kimi_k26.text_kimi_k26 import rotate_pairs
 from .native_models import KINDS, SHAPES, each_kind, error, inputs, make, needs_kernels, one_step, use_kernels  # noqa: F401: a fixture
 
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.once]
 
 LONG_ROWS = {"group_size": 128, "hidden_size": 640, "moe_intermediate_size": 128}  # longer than the nearest cache has them at once
 

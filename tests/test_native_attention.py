@@ -38,6 +38,7 @@ def attention_case(queries, past, batch, padded, key, value):
     return query, turned, rotary, mask if padded else None, seen, want
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("each_kind")
 @pytest.mark.parametrize("queries, past, batch", QUERIES)
 @pytest.mark.parametrize("padded", [False, True])
@@ -49,6 +50,7 @@ def test_attention_over_expanded_keys(queries, past, batch, padded):
     assert error(got[seen], want[seen]) < 0.01 and bool(got.isfinite().all())
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("each_kind")
 @pytest.mark.parametrize("queries, past, batch", [*QUERIES, (2, 700, 1)])
 @pytest.mark.parametrize("padded", [False, True])

@@ -222,6 +222,7 @@ def test_a_finished_shard_that_was_damaged_since_is_written_again(plain, packed,
     assert files(out) == files(packed)
 
 
+@pytest.mark.once
 def test_a_killed_process_leaves_what_the_next_one_finishes(plain, packed, tmp_path):
     out = tmp_path / "out"
     package = Path(quantize.__file__).resolve().parents[1]

@@ -237,6 +237,7 @@ def case(name):
     return text, expected, not thinking
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", CASES)
 def test_cases_whole_and_split_everywhere(name):
     text, expected, thinking = case(name)
@@ -422,10 +423,12 @@ def check_random_replies(tokenizer, seeds):
         assert streamed(cut(rng, whole), thinking, tokenizer) == expected, (seed, text)
 
 
+@pytest.mark.once
 def test_random_replies_mean_what_they_were_made_of(tokenizer):
     check_random_replies(tokenizer, range(2000))
 
 
+@pytest.mark.once
 def test_nothing_is_lost_whatever_the_order_of_the_markers(tokenizer):
     rng = random.Random(5)
     for number in range(1000):

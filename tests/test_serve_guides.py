@@ -14,6 +14,8 @@ from kimi_k26 import TikTokenTokenizer
 from kimi_k26.cli.serve.guides import Guides, SchemaError
 from kimi_k26.response_kimi import parse_response
 
+pytestmark = pytest.mark.once
+
 SCHEMAS = {
     "weather": {
         "type": "object",

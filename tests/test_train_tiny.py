@@ -277,6 +277,7 @@ def run_to(folder, ranks, until, resume, start=None):
     return torch.load(running.state_path(folder), weights_only=False)
 
 
+@pytest.mark.once
 def test_a_stopped_and_resumed_run_is_the_run_that_was_not_stopped(ranks, tmp_path):
     """Stopped twice: before the last part and within it."""
     whole = run_to(tmp_path / "whole", ranks, until=5, resume=False)
@@ -324,6 +325,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.once
 def test_a_process_ends_with_the_one_that_began_it(tmp_path):
     script = tmp_path / "linger.py"
     script.write_text(LINGER.format(examples=str(EXAMPLES)))

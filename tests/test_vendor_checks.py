@@ -356,6 +356,7 @@ def random_object(draw: random.Random, depth: int = 2) -> dict:
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("choice", ["required", "named"])
 def test_forced_calls_keep_to_random_schemas(server, choice):
     """Whole and streamed: whatever the model would rather say."""
