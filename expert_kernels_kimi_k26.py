@@ -108,13 +108,13 @@ extern "C" void kimi_route(const FeedForward* given, i64 rows, const bf16* x, bf
 }
 
 // The (row, choice) pairs by expert, so that a row's sum has one order in any company.
-struct Team { const Expert* expert; i64 first, rows; };  // an expert, and its pairs' places in `order`
+struct Team { const Expert* expert; i64 first, rows, place; };  // an expert, its pairs in `order`, and where many rows keep what they are turned to
 static void sort_pairs(const i64* chosen, const Expert* const* table, i64 pairs, std::vector<Team>& teams, std::vector<i64>& order) {
     teams.clear(); order.clear();
     for (i64 p = 0; p < pairs; p++) if (table[p]) order.push_back(p);
     std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return chosen[a] < chosen[b]; });
     for (i64 n = 0; n < (i64)order.size(); n++) {
-        if (n == 0 || chosen[order[n]] != chosen[order[n - 1]]) teams.push_back({table[order[n]], n, 0});
+        if (n == 0 || chosen[order[n]] != chosen[order[n - 1]]) teams.push_back({table[order[n]], n, 0, 0});
         teams.back().rows++;
     }
 }
@@ -199,27 +199,41 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
     }
 }
 
-// The weighted sum of each row's experts, for many rows. All threads work on one expert, each on outputs of its own.
+// The weighted sum of each row's experts, for many rows. All threads work on one expert, each on outputs of its own; where experts have
+// few rows, some of them are computed together, as threads that wait for each other lose time.
 extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16* x, const float* weights, const i64* chosen,
                                   const Expert* const* table, bf16* out, i64 threads) {
+    constexpr i64 TOGETHER_AT_MOST = 256;  // pairs, whose inner values the second cache holds; but at least one expert's
     const FeedForward& f = *given;
     const i64 width = f.expert_width, hidden = f.hidden, group = f.group_size, widest = std::max(hidden, width);
-    const i64 outer_row = paired_size(hidden), inner_row = paired_size(width);
+    const i64 outer_row = paired_size(hidden), inner_row = paired_size(width), panels = (width + PANEL - 1) / PANEL;
     sort_pairs(chosen, table, rows * f.top_k, teams, order);
-    i64 most = 0;
-    for (const Team& t : teams) most = std::max(most, room_for(t.rows));
-    uint32_t *outer, *inner;  // of one expert: (rows, words)
+    std::vector<i64> ends;  // of those teams that are computed together
+    i64 most = 0, place = 0, places = 0;
+    for (Team& t : teams) {
+        const i64 room = room_for(t.rows);
+        if (place && place + room > TOGETHER_AT_MOST) {
+            ends.push_back(&t - teams.data());
+            place = 0;
+        }
+        t.place = place;
+        place += room;
+        most = std::max(most, room);
+        places = std::max(places, place);
+    }
+    ends.push_back(teams.size());
+    uint32_t *outer, *inner;  // (places, words)
     float* sums;              // (rows, hidden)
     struct Mine { Panel panel; float *y, *z; } benches[MAX_THREADS];
     arena.layout([&] {
-        outer = arena.take<uint32_t>(most * outer_row);
-        inner = arena.take<uint32_t>(most * inner_row);
+        outer = arena.take<uint32_t>(places * outer_row);
+        inner = arena.take<uint32_t>(places * inner_row);
         sums = arena.take<float>(rows * hidden);
         for (i64 t = 0; t < threads; t++)
             benches[t] = {{arena.take<uint32_t>(panel_words(widest, group)), arena.take<float>(widest / STRETCH * PANEL)},
                           arena.take<float>(most * PANEL), arena.take<float>(most * PANEL)};
     });
-    const i64* order_of_pairs = order.data();
+    const i64* pair = order.data();  // (row, choice) of each row of a team
     const Team* team = teams.data();  // of this thread, which all read
     const i64 count = teams.size();
     #pragma omp parallel num_threads(threads)
@@ -227,38 +241,45 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
         const Tiles tiles;
         const Mine mine = benches[omp_get_thread_num()];
         for (Share s(rows); s.begin < s.end; s.begin++) memset(sums + s.begin * hidden, 0, hidden * sizeof(float));
-        for (i64 e = 0; e < count; e++) {
-            const Team& t = team[e];
-            const i64* pair = order_of_pairs + t.first;  // (row, choice) of each of its rows
-            for (Share s(t.rows); s.begin < s.end; s.begin++)
-                for (i64 i = 0; i < hidden; i += 32)
-                    put_pairs(outer + s.begin * outer_row, hidden, i, _mm512_loadu_si512(x + pair[s.begin] / f.top_k * hidden + i), group);
+        i64 begin = 0;
+        for (const i64 end : ends) {
+            for (i64 e = begin; e < end; e++)
+                for (Share s(team[e].rows); s.begin < s.end; s.begin++) {
+                    const bf16* from = x + pair[team[e].first + s.begin] / f.top_k * hidden;
+                    for (i64 i = 0; i < hidden; i += 32)
+                        put_pairs(outer + (team[e].place + s.begin) * outer_row, hidden, i, _mm512_loadu_si512(from + i), group);
+                }
             #pragma omp barrier
             #pragma omp for schedule(dynamic, 1)
-            for (i64 o = 0; o < width; o += PANEL) {
+            for (i64 unit = 0; unit < (end - begin) * panels; unit++) {
+                const i64 e = begin + unit / panels, o = unit % panels * PANEL;
+                const Team& t = team[e];
                 if (e + 1 < count) ask_for(o, hidden, team[e + 1].expert->gate, team[e + 1].expert->up);
-                meet(mine.panel, t.expert->gate, o, width, group, outer, t.rows, outer_row, hidden, mine.y);
-                meet(mine.panel, t.expert->up, o, width, group, outer, t.rows, outer_row, hidden, mine.z);
+                meet(mine.panel, t.expert->gate, o, width, group, outer + t.place * outer_row, t.rows, outer_row, hidden, mine.y);
+                meet(mine.panel, t.expert->up, o, width, group, outer + t.place * outer_row, t.rows, outer_row, hidden, mine.z);
                 for (i64 r = 0; r < t.rows; r++) {
                     __m512 values[2];
                     for (int v = 0; v < 2; v++)
                         values[v] = swish(_mm512_loadu_ps(mine.y + r * PANEL + v * LANES), _mm512_loadu_ps(mine.z + r * PANEL + v * LANES));
-                    put_pairs(inner + r * inner_row, width, o, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]), group);
+                    put_pairs(inner + (t.place + r) * inner_row, width, o, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]), group);
                 }
             }
             #pragma omp for schedule(dynamic, 1)
-            for (i64 o = 0; o < hidden; o += PANEL) {
-                if (e + 1 < count) ask_for(o, width, team[e + 1].expert->down);
-                meet(mine.panel, t.expert->down, o, hidden, group, inner, t.rows, inner_row, width, mine.y);
-                const auto sum_of = [&](i64 r, int v) { return sums + pair[r] / f.top_k * hidden + o + v * LANES; };
-                for (i64 r = 0; r < t.rows; r++)
-                    for (int v = 0; v < 2; v++) {
-                        _mm_prefetch((const char*)sum_of(std::min(r + 8, t.rows - 1), v), _MM_HINT_T0);  // rows lie anywhere
-                        float* to = sum_of(r, v);
-                        const __m512 y = rounded16(_mm512_loadu_ps(mine.y + r * PANEL + v * LANES));
-                        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(weights[pair[r]]), y, _mm512_loadu_ps(to)));
-                    }
-            }
+            for (i64 o = 0; o < hidden; o += PANEL)
+                for (i64 e = begin; e < end; e++) {
+                    const Team& t = team[e];
+                    if (e + 1 < count) ask_for(o, width, team[e + 1].expert->down);
+                    meet(mine.panel, t.expert->down, o, hidden, group, inner + t.place * inner_row, t.rows, inner_row, width, mine.y);
+                    const auto sum_of = [&](i64 r, int v) { return sums + pair[t.first + r] / f.top_k * hidden + o + v * LANES; };
+                    for (i64 r = 0; r < t.rows; r++)
+                        for (int v = 0; v < 2; v++) {
+                            _mm_prefetch((const char*)sum_of(std::min(r + 8, t.rows - 1), v), _MM_HINT_T0);  // rows lie anywhere
+                            float* to = sum_of(r, v);
+                            const __m512 y = rounded16(_mm512_loadu_ps(mine.y + r * PANEL + v * LANES));
+                            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(weights[pair[t.first + r]]), y, _mm512_loadu_ps(to)));
+                        }
+                }
+            begin = end;
         }
         for (Share s(rows * hidden, LANES); s.begin < s.end; s.begin += LANES)
             _mm256_storeu_si256((__m256i*)(out + s.begin), narrow16(_mm512_loadu_ps(sums + s.begin)));
