@@ -169,12 +169,7 @@ template <class P> static void fill(Panel to, Matrix m, i64 from, i64 outputs, i
 }
 
 // Let the weights of some outputs come nearer while others are being multiplied.
-static void ask_for(i64 from, i64 k, Matrix a, Matrix b = {}) {
-    for (const Matrix m : {a, b}) {
-        const i64 row = m.values ? row_bytes(m, k) : 0;
-        Ahead((const char*)m.values + from * row, PANEL * row).ask(PANEL * row / 64);
-    }
-}
+static void ask_for(Ahead weights) { weights.ask((weights.end - weights.at + weights.last - weights.then) / 64); }
 """
 
 PANELS = r"""

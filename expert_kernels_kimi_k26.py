@@ -199,6 +199,13 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
     }
 }
 
+// The weights of a panel of outputs, of one matrix or of two that are alike.
+static Ahead panel_of(i64 from, i64 k, Matrix a, Matrix b = {}) {
+    const i64 row = row_bytes(a, k);
+    if (!b.values) return {(const char*)a.values + from * row, PANEL * row};
+    return {(const char*)a.values + from * row, PANEL * row, (const char*)b.values + from * row, PANEL * row};
+}
+
 // The weighted sum of each row's experts, for many rows. All threads work on one expert, each on outputs of its own; where experts have
 // few rows, some of them are computed together, as threads that wait for each other lose time.
 extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16* x, const float* weights, const i64* chosen,
@@ -254,9 +261,10 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
             for (i64 unit = 0; unit < (end - begin) * panels; unit++) {
                 const i64 e = begin + unit / panels, o = unit % panels * PANEL;
                 const Team& t = team[e];
-                if (e + 1 < count) ask_for(o, hidden, team[e + 1].expert->gate, team[e + 1].expert->up);
-                meet(mine.panel, t.expert->gate, o, width, group, outer + t.place * outer_row, t.rows, outer_row, hidden, mine.y);
-                meet(mine.panel, t.expert->up, o, width, group, outer + t.place * outer_row, t.rows, outer_row, hidden, mine.z);
+                const uint32_t* given = outer + t.place * outer_row;
+                if (e + 1 < count) ask_for(panel_of(o, hidden, team[e + 1].expert->gate, team[e + 1].expert->up));
+                meet(mine.panel, t.expert->gate, o, width, group, given, t.rows, outer_row, hidden, mine.y);
+                meet(mine.panel, t.expert->up, o, width, group, given, t.rows, outer_row, hidden, mine.z);
                 for (i64 r = 0; r < t.rows; r++) {
                     __m512 values[2];
                     for (int v = 0; v < 2; v++)
@@ -268,7 +276,7 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
             for (i64 o = 0; o < hidden; o += PANEL)
                 for (i64 e = begin; e < end; e++) {
                     const Team& t = team[e];
-                    if (e + 1 < count) ask_for(o, width, team[e + 1].expert->down);
+                    if (e + 1 < count) ask_for(panel_of(o, width, team[e + 1].expert->down));
                     meet(mine.panel, t.expert->down, o, hidden, group, inner + t.place * inner_row, t.rows, inner_row, width, mine.y);
                     const auto sum_of = [&](i64 r, int v) { return sums + pair[t.first + r] / f.top_k * hidden + o + v * LANES; };
                     for (i64 r = 0; r < t.rows; r++)

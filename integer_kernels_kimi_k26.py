@@ -364,10 +364,7 @@ static __attribute__((noinline)) void meet(Panel w, i64 same, const uint32_t* x,
 
 // What will be multiplied later: it comes nearer a few lines at a time while what is here already is multiplied.
 static thread_local Ahead coming;
-static void ask_for(i64 from, i64 k, Matrix a, Matrix b = {}) {
-    const i64 rows[2] = {row_bytes(a, k), b.values ? row_bytes(b, k) : 0};
-    coming = {(const char*)a.values + from * rows[0], PANEL * rows[0], (const char*)b.values + from * rows[1], PANEL * rows[1]};
-}
+static void ask_for(Ahead weights) { coming = weights; }
 
 // The same with a panel's outputs, all or the first sixteen, for any number of rows, whose scales lie apart from their pairs: (rows, PANEL).
 // A few rows meet the whole panel before the next ones, which may come from far. So many `lines` of what is coming are asked for meanwhile.

@@ -40,7 +40,11 @@ struct TeamSums {
 struct Heads {
     enum { TEAM = 1, KEYS = 128, PIECE = 256 };  // keys at a time, at most; at the least for a thread, where more than one can have them
     static i64 words(const Attention& a) { return LANES * (padded(a.rank) + padded(a.rope)) / 2; }  // of their queries
-    static i64 bench(const Attention& a) { return KEYS * LANES + KEYS / 2 * LANES + copied(a.rank, a.rope) / 2; }  // words that a thread needs besides
+    struct Bench {
+        float* scores; uint32_t* weights; bf16* copies;
+        explicit Bench(uint32_t* at) : scores((float*)at), weights(at + KEYS * LANES), copies((bf16*)(weights + KEYS / 2 * LANES)) {}
+    };
+    static i64 bench(const Attention& a) { return (uint32_t*)Bench(nullptr).copies - (uint32_t*)nullptr + copied(a.rank, a.rope) / 2; }  // words that a thread needs besides
     static void pack(const Attention& a, const bf16* const* still, const bf16* const* turning, i64 some, uint32_t* to, uint32_t*) {
         for (auto [part, size] : {std::pair(still, a.rank), std::pair(turning, a.rope)}) {
             kimi::pack(part, some, size / 2, to, LANES);
@@ -51,15 +55,16 @@ struct Heads {
     static void read(const Attention& a, const Latents& c, const Keys& keys, Ahead next, const uint32_t* queries, TeamSums team, uint32_t* memory) {
         const i64 row = keys.row;
         const Sums& s = team[0];
+        const Bench b(memory);
         const bf16* latent = c.latent + row * c.latent_row;
         const Reading reading = {{{queries, latent, c.latent_key, a.rank},
                                   {queries + LANES * padded(a.rank) / 2, c.rotary + row * c.rotary_row, c.rotary_key, a.rope}},
-                                 nullptr, c.mask ? c.mask + row * c.mask_row : nullptr, a.scale, (float*)memory, memory + KEYS * LANES, (bf16*)(memory + KEYS * LANES + KEYS / 2 * LANES)};
+                                 nullptr, c.mask ? c.mask + row * c.mask_row : nullptr, a.scale, b.scores, b.weights, b.copies};
         const i64 all = keys.end - keys.begin, unit = std::max<i64>((all + KEYS - 1) / KEYS, 1) * TOGETHER;
         const i64 some = (all + unit - 1) / unit * TOGETHER;  // blocks of about as many keys each
         attend<1>(reading, keys.begin, keys.end, some, s,
                   [&](i64 first, i64 count, const __m512 (&shrink)[1], Ahead& ahead) {
-                      add_rows(latent + first * c.latent_key, c.latent_key, a.rank, reading.weights, count, first == keys.begin, shrink[0], s.read, ahead);
+                      add_rows(latent + first * c.latent_key, c.latent_key, a.rank, b.weights, count, first == keys.begin, shrink[0], s.read, ahead);
                   },
                   [&](i64 k) { return k < keys.end ? block_of(c, {row, k, std::min(keys.end, k + some)}, KEYS) : next; });
     }

@@ -530,7 +530,6 @@ class Session:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-@pytest.mark.once
 def test_in_a_terminal(endless, tmp_path):
     session = Session(command(endless, "--history", str(tmp_path / "history")))
     session.expect("/help lists commands")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from kimi_k26 import decoding_kimi_k26
 from kimi_k26.cache_kimi_k26 import write_latents
 from kimi_k26.text_kimi_k26 import AttentionSpan
 
@@ -13,6 +14,37 @@ from .native_models import error, inputs, make, needs_kernels, one_step
 
 
 pytestmark = needs_kernels
+
+
+def test_a_whole_model_where_pytorch_is_slow(monkeypatch):
+    model, ids = make({}), torch.arange(40).reshape(1, 40)
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).float()(ids).logits
+        for fast in (False, True):
+            monkeypatch.setattr(decoding_kimi_k26, "HAS_FAST_PRODUCTS", fast)
+            assert (model(ids).logits - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_logits_are_no_farther_from_float32_than_those_of_the_plain_path(monkeypatch):
+    model = make({"num_experts_per_tok": 8})  # all experts: no choice hangs on a rounding
+    plain = copy.deepcopy(model).float()
+    ids = torch.randint(0, 90, (2, 30), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def logits(model):
+        out, parts = model(input_ids=ids[:, :10], use_cache=True), []
+        for at in range(10, 30):
+            out = model(input_ids=ids[:, at : at + 1], past_key_values=out.past_key_values)
+            parts.append(out.logits.float())
+        return torch.cat(parts, dim=1)
+
+    want, fast = logits(plain), logits(model)
+    assert model.language_model.model.native is not None
+    monkeypatch.setattr("kimi_k26.decoding_kimi_k26.library", lambda: None)
+    monkeypatch.setattr("kimi_k26.experts_kimi_k26.library", lambda: None)
+    slow = logits(model)
+    assert not torch.equal(fast, slow)
+    assert error(fast, want) < 1.2 * error(slow, want)
 
 
 def test_a_static_cache_gives_the_same_bits():
