@@ -20,8 +20,9 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .media_kimi_k26 import MediaError, MediaLimits, is_array, load_image, read_video
+from .media_kimi_k26 import MediaError, MediaLimits, is_array, load_image
 from .scaling_kimi_k26 import Picture, cut, scaled_strips
+from .video_kimi_k26 import read_video
 
 # Not used here: see the same lines in `processing_kimi_k26`.
 from .compiling_kimi_k26 import compiled  # noqa: F401
@@ -109,7 +110,7 @@ def new_patches(count: int, patch: int) -> torch.Tensor:
 def fill_patches(pixels: np.ndarray, ordered: np.ndarray, mean: list[float], std: list[float]) -> None:
     """Normalises `pixels`, uint8 (height, width, 3), into the patches `ordered`, float32 (rows, columns, 3, patch, patch),
     a row of patches at a time: it stays in the cache between the three steps."""
-    (height, width, _), (rows, columns, _, patch, _) = pixels.shape, ordered.shape
+    width, (rows, columns, _, patch, _) = pixels.shape[1], ordered.shape
     scale = np.tile(np.array([1.0 / (255.0 * s) for s in std], np.float32), (width, 1))
     shift = np.tile(np.array([m / s for m, s in zip(mean, std)], np.float32), (columns * patch, 1))
     band = np.empty((patch, columns * patch, 3), np.float32)

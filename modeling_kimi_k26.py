@@ -12,6 +12,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from .attention_kimi_k26 import KimiK26RMSNorm
 from .configuration_kimi_k26 import KimiK26Config
 from .decoding_kimi_k26 import head_for, output_layer
 from .experts_kimi_k26 import KimiK26Router
@@ -20,7 +21,7 @@ from .memory_kimi_k26 import release, unsettle
 from .parallel_kimi_k26 import OF_EXPERTS, as_the_library_takes_it, gather, split_plan
 from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
 from .store_kimi_k26 import ExpertStore
-from .text_kimi_k26 import KimiK26LanguageModel, KimiK26RMSNorm
+from .text_kimi_k26 import KimiK26LanguageModel
 from .vision_kimi_k26 import KimiK26PositionTable, KimiK26Projector, KimiK26VisionTower
 
 # Not used here: version 4 of the library copies from a local folder only what the entry modules import themselves.
@@ -39,6 +40,7 @@ from .placement_kimi_k26 import plan  # noqa: F401
 from .prefill_kernels_kimi_k26 import PREFILL  # noqa: F401
 from .soundness_kimi_k26 import findings_at_load  # noqa: F401
 from .tile_kernels_kimi_k26 import TILES  # noqa: F401
+from .triton_kernels_kimi_k26 import triton  # noqa: F401
 from .triton_kimi_k26 import grouped_experts  # noqa: F401
 from .vocabulary_kimi import read_ranks  # noqa: F401
 

@@ -39,6 +39,7 @@ from .media_kimi_k26 import MediaError  # noqa: F401
 from .scaling_kimi_k26 import scaled_strips  # noqa: F401
 from .token_bytes_kimi import TokenBytes  # noqa: F401
 from .tool_declaration_kimi import tool_schemas  # noqa: F401
+from .video_kimi_k26 import read_video  # noqa: F401
 from .vocabulary_kimi import SPLIT_PATTERN  # noqa: F401
 
 
@@ -116,7 +117,7 @@ class KimiK26Processor(ProcessorMixin):
         Args:
             images: one, a list, or a list per text. Any form `media_kimi_k26.load_image` takes.
             text: one prompt or several. Without media it is passed on as it is, placeholders and all.
-            videos: as `images`, in any form `media_kimi_k26.read_video` takes.
+            videos: as `images`, in any form `video_kimi_k26.read_video` takes.
             return_tensors: "pt", "np" or None (lists of ids; `pixel_values` and `grid_thws` are tensors all the same).
             medias: pictures in the published form, `{"type": "image", "image": picture}`, as other engines give them:
                 the text holds `<|media_pad|>` once per token already and is taken as it is. `device`, which they give

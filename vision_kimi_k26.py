@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_kimi_k26 import rotate_pairs
 from .configuration_kimi_k26 import KimiK26VisionConfig
 from .decoding_kimi_k26 import apply_linear, serves
 from .experts_kimi_k26 import at_least_float32
 from .native_kimi_k26 import attention, is_plain
-from .text_kimi_k26 import rotate_pairs
 
 
 LAYER_NORM_EPS = 1e-5  # of the tower; the projector's own stands in the config

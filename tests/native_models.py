@@ -7,9 +7,9 @@ import torch
 from transformers import DynamicCache
 
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, decoding_kimi_k26, experts_kimi_k26, native_kimi_k26
+from kimi_k26.attention_kimi_k26 import AttentionSpan
 from kimi_k26.cache_kimi_k26 import layer_of
 from kimi_k26.native_kimi_k26 import library
-from kimi_k26.text_kimi_k26 import AttentionSpan
 
 from .tiny_models import config_dict, fill
 

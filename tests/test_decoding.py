@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from kimi_k26 import decoding_kimi_k26
+from kimi_k26.attention_kimi_k26 import AttentionSpan
 from kimi_k26.cache_kimi_k26 import write_latents
-from kimi_k26.text_kimi_k26 import AttentionSpan
 
 from .native_models import error, inputs, make, needs_kernels, one_step
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import kimi_k26
 from kimi_k26.image_processing_kimi_k26 import MediaConfig
-from kimi_k26.media_kimi_k26 import read_video
+from kimi_k26.video_kimi_k26 import read_video
 
 from .media_samples import golden_picture
 from .test_benchmarks import load

@@ -433,7 +433,7 @@ def test_placement(golden, name, places, tmp_path):
 
 def test_masks_follow_a_layer_to_its_device():
     """With layers on several devices the library moves what a layer is given by its `to`."""
-    from kimi_k26.text_kimi_k26 import AttentionSpan
+    from kimi_k26.attention_kimi_k26 import AttentionSpan
 
     span = AttentionSpan(torch.arange(3), 0, torch.tensor([[0, 1, 1]]), None)
     assert span.to("cpu") is span

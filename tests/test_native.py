@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from kimi_k26 import decoding_kimi_k26, native_kimi_k26, text_kimi_k26
+from kimi_k26 import attention_kimi_k26, decoding_kimi_k26, native_kimi_k26
+from kimi_k26.attention_kimi_k26 import rotate_pairs
 from kimi_k26.experts_kimi_k26 import Routing
 from kimi_k26.native_kimi_k26 import attention, dequantize, few_rows, many_rows
 from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
-from kimi_k26.text_kimi_k26 import rotate_pairs
 
 from .native_models import KINDS, SHAPES, each_kind, error, inputs, make, needs_kernels, one_step, use_kernels  # noqa: F401: a fixture
 
@@ -167,8 +167,8 @@ def test_turning_pairs_gives_the_same_bits(shape, monkeypatch):
     torch.manual_seed(sum(shape))
     held = torch.randn(*shape[:-1], shape[-1] + 32, dtype=torch.bfloat16)
     angles = torch.rand(*shape[:-2], 1, shape[-1] // 2) * 6
-    own, calls = text_kimi_k26.rotate, []
-    monkeypatch.setattr(text_kimi_k26, "rotate", lambda *given: calls.append(1) or own(*given))
+    own, calls = attention_kimi_k26.rotate, []
+    monkeypatch.setattr(attention_kimi_k26, "rotate", lambda *given: calls.append(1) or own(*given))
     for x in (held[..., 32:], held[..., :-32].transpose(0, -3).contiguous().transpose(0, -3)):
         cos, sin = angles.cos(), angles.sin()
         expected = rotate_pairs(x, cos, sin)  # with gradients on: plainly

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from kimi_k26 import native_kimi_k26, text_kimi_k26
+from kimi_k26 import attention_kimi_k26, native_kimi_k26
 from kimi_k26.cache_kimi_k26 import QuantizedLatentCache
 from kimi_k26.native_kimi_k26 import attention, read_latents
 
@@ -101,7 +101,7 @@ def test_short_turns_and_other_caches_take_the_kernels_too(monkeypatch):
     plain = copy.deepcopy(model).float()
     ids = torch.randint(0, 90, (2, 90), generator=torch.Generator().manual_seed(0))
     read = []
-    monkeypatch.setattr(text_kimi_k26, "read_latents", lambda *given: read.append(given[0].shape[1]) or native_kimi_k26.read_latents(*given))
+    monkeypatch.setattr(attention_kimi_k26, "read_latents", lambda *given: read.append(given[0].shape[1]) or native_kimi_k26.read_latents(*given))
     with torch.no_grad():
         for cache in (DynamicCache(), QuantizedLatentCache(model.config)):
             read.clear()

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, DynamicCache, StaticCache
 
-from kimi_k26 import KimiK26Config
+from kimi_k26 import KimiK26Config, attention_kimi_k26
+from kimi_k26.attention_kimi_k26 import AttentionSpan, KimiK26Attention, KimiK26RMSNorm, KimiK26RotaryEmbedding, rotate_pairs
 from kimi_k26.experts_kimi_k26 import KimiK26MoE
 from kimi_k26.tests.tiny_models import (
     ON_EXPANDED,
@@ -20,7 +21,6 @@ from kimi_k26.tests.tiny_models import (
     make_model,
     words,
 )
-from kimi_k26.text_kimi_k26 import AttentionSpan, KimiK26RMSNorm, KimiK26RotaryEmbedding, rotate_pairs
 
 
 def plain_rms(x, weight, eps):
@@ -219,8 +219,8 @@ def test_long_inputs_in_blocks(way, monkeypatch):
     """Blocks of scores and heads so small that every loop runs more than once."""
     model, ids = text_model(way), words(2, 24)
     whole = model(input_ids=ids).logits
-    monkeypatch.setattr(f"{type(model.language_model.model).__module__}.SCORE_BLOCK", 200)
-    monkeypatch.setattr(f"{type(model.language_model.model).__module__}.EXPANSION_BLOCK", 1200)
+    monkeypatch.setattr(attention_kimi_k26, "SCORE_BLOCK", 200)
+    monkeypatch.setattr(attention_kimi_k26, "EXPANSION_BLOCK", 1200)
     torch.testing.assert_close(model(input_ids=ids).logits, whole)
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[1, :7] = 0
@@ -456,8 +456,6 @@ def test_the_way_is_chosen_by_cost(golden):
     published = KimiK26Config.from_pretrained(golden / "vocab").text_config
     published.num_hidden_layers = 1
     with torch.device("meta"):
-        from kimi_k26.text_kimi_k26 import KimiK26Attention
-
         few = KimiK26Attention(published, 0).few_queries
     assert 1 < few < 1024
     wide = text_model(qk_nope_head_dim=64, v_head_dim=64).language_model.model.layers[0].self_attn

@@ -599,18 +599,18 @@ for group in (32, 0):
     common = {"group": group, "kind": tl.uint32 if group else tl.bfloat16, "aligned": True, "top_k": 8, "experts": 384}
     up, down = {"steps": 7168 // step, "width": 2048}, {"steps": 2048 // step, "width": 7168}
     few = {"x": "*fp32" if group else "*bf16", "hidden": "*fp32"}
-    built(kernels._gate_up_few, kernels.FEW[words][0], **few, **common, **up)
-    built(kernels._down_few, kernels.FEW[words][1], **few, **common, **down)
+    built(kernels.gate_up_few, kernels.FEW[words][0], **few, **common, **up)
+    built(kernels.down_few, kernels.FEW[words][1], **few, **common, **down)
     many = common | {"rows": 16, "multiplied": tl.bfloat16}
-    for kernel, blocks, sizes in zip((kernels._gate_up_many, kernels._down_many), kernels.MANY[words], (up, down)):
+    for kernel, blocks, sizes in zip((kernels.gate_up_many, kernels.down_many), kernels.MANY[words], (up, down)):
         ir = built(kernel, blocks, **many, **sizes)
         assert "warp_group_dot" in ir, ir  # the matrix units multiply
-built(kernels._add_choices, width=7168, top_k=8, block=kernels.SUM_BLOCK)
-built(kernels._spread, steps=896, block=kernels.SPREAD_BLOCK)
-built(kernels._arrange, steps=896, padded=7168, block=kernels.SUM_BLOCK)
-built(kernels._logits, experts=384, size=7168, block=kernels.LOGITS_BLOCK)
+built(kernels.add_choices, width=7168, top_k=8, block=kernels.SUM_BLOCK)
+built(kernels.spread_inputs, steps=896, block=kernels.SPREAD_BLOCK)
+built(kernels.arrange_inputs, steps=896, padded=7168, block=kernels.SUM_BLOCK)
+built(kernels.router_logits, experts=384, size=7168, block=kernels.LOGITS_BLOCK)
 rule = {"experts": 384, "top_k": 8, "normalize": True, "scaling": 2.5, "padded": 512, "slots": 8}
-built(kernels._choose, Blocks(0, 0, warps=1), **rule)
+built(kernels.choose_experts, Blocks(0, 0, warps=1), **rule)
 """
 
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from kimi_k26 import KimiK26ForConditionalGeneration
+from kimi_k26.attention_kimi_k26 import rotate_pairs
 from kimi_k26.decoding_kimi_k26 import HAS_FAST_PRODUCTS
 from kimi_k26.experts_kimi_k26 import KimiK26Experts
 from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
-from kimi_k26.text_kimi_k26 import rotate_pairs
 from kimi_k26.vision_kimi_k26 import rotary_2d
 
 from .batches import IGNORED, SIGHTS, Batch, shared_out
