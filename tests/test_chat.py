@@ -559,6 +559,7 @@ def test_in_a_terminal(endless, tmp_path):
     assert typed[-4:] == ["Hello.", "/think off", "Hello.", "/image nowhere.png"]
 
 
+@pytest.mark.once
 def test_over_pipes(endless):
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
     chat = subprocess.Popen(command(endless), env=ENVIRONMENT, **pipes)

@@ -77,6 +77,7 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.once
 def test_the_wheel_holds_the_package_and_no_more(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -256,6 +256,7 @@ def test_the_published_model_is_as_large_as_its_files(published, golden):
     assert published.chosen == 8 and 3.5 < published.beside < 3.6  # bfloat16 beside INT4 with its scales
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("amounts", "experts"),
     [

@@ -97,6 +97,7 @@ def test_data_uris_are_taken_as_they_are():
         assert MediaPolicy().load(uri, "x") == uri
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "url",
     ["/etc/passwd", "file:///etc/passwd", "ftp://pictures.example/a", "AAAA", "", "http://", "http://u:p@pictures.example/a"]

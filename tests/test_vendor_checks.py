@@ -26,6 +26,8 @@ from kimi_k26.cli.serve.service import Limits
 from kimi_k26.tests.media_samples import make_video
 from kimi_k26.tests.serving import Running, joined
 
+pytestmark = pytest.mark.once  # `test_serve` asks every version
+
 TRAINED = Path(__file__).resolve().parents[1] / "examples" / "kimi-k26-tiny"
 INSTANT = {"thinking": {"type": "disabled"}}
 GREEDY = {"temperature": 0}
@@ -356,7 +358,6 @@ def random_object(draw: random.Random, depth: int = 2) -> dict:
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("choice", ["required", "named"])
 def test_forced_calls_keep_to_random_schemas(server, choice):
     """Whole and streamed: whatever the model would rather say."""
