@@ -5,9 +5,7 @@ import binascii
 import codecs
 import os
 import re
-import sys
 from collections.abc import Iterator
-from functools import partial
 
 
 # How text is cut before byte pairs are merged. `&&` is set intersection.
@@ -39,11 +37,7 @@ _CHAR_OF_BYTE = {byte: chr(byte) for byte in _PRINTABLE_BYTES} | {b: chr(256 + i
 _BYTE_OF_CHAR = {char: byte for byte, char in _CHAR_OF_BYTE.items()}
 _CHARMAP = "".join(_CHAR_OF_BYTE[byte] for byte in range(256))  # the same as Python's codecs read it
 
-# Python 3.10 knows the strict reading of Base64 only by its slower name.
-if sys.version_info >= (3, 11):
-    _bytes_of = partial(binascii.a2b_base64, strict_mode=True)
-else:
-    _bytes_of = partial(base64.b64decode, validate=True)
+_ENCODED = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="  # Base64's characters, decimal digits among them
 
 
 def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
@@ -53,15 +47,35 @@ def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
         ValueError: a line is not of that form, or the ranks are not 0, 1, 2, … each once; names file and line.
     """
     with open(path, "rb") as file:
-        lines = file.read().split(b"\n")
+        data = file.read()
     try:
-        ranks = {_bytes_of(token): int(rank) for token, rank in map(bytes.split, filter(None, lines))}
+        ranks = _read_at_once(data)
     except ValueError:
-        ranks = dict(_read_line_by_line(lines, path))
-    in_order = sorted(ranks.values())
-    if in_order != list(range(len(ranks))):
+        ranks = dict(_read_line_by_line(data.split(b"\n"), path))
+    in_order = list(range(len(ranks)))
+    if list(ranks.values()) == in_order:
+        return ranks
+    if sorted(ranks.values()) != in_order:
         raise ValueError(f"{path}: the ranks of its {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once")
-    return ranks if in_order == list(ranks.values()) else dict(sorted(ranks.items(), key=lambda item: item[1]))
+    return dict(sorted(ranks.items(), key=lambda item: item[1]))
+
+
+def _read_at_once(data: bytes) -> dict[bytes, int]:
+    """What a file says whose lines are as `write_ranks` writes them; `ValueError` for any other.
+
+    Base64 is decoded without the checks of each token, which take longer than all else: four characters each, and padding
+    nowhere but at the end of a token, is asked of the whole.
+    """
+    if not data.endswith(b"\n"):
+        data += b"\n"
+    parts = data.split()
+    tokens, ranks = parts[::2], parts[1::2]
+    padding = data.count(b"= ") + data.count(b"== ")
+    if data.translate(None, _ENCODED) != b" \n" * len(tokens) or data.count(b"=") != padding:
+        raise ValueError("lines of another form")
+    if len(tokens) != len(ranks) or any(length % 4 for length in map(len, tokens)):
+        raise ValueError("no token or no rank")
+    return dict(zip(map(binascii.a2b_base64, tokens), map(int, ranks)))
 
 
 def _read_line_by_line(lines: list[bytes], path) -> Iterator[tuple[bytes, int]]:
@@ -71,7 +85,7 @@ def _read_line_by_line(lines: list[bytes], path) -> Iterator[tuple[bytes, int]]:
             continue
         try:
             token, rank = line.split()
-            yield _bytes_of(token), int(rank)
+            yield base64.b64decode(token, validate=True), int(rank)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: expected 'BASE64 RANK', found {line[:80]!r}") from error
 

@@ -97,11 +97,15 @@ def test_malformed_vocabulary_file_is_named(tmp_path, content, words):
     assert all(word in str(error.value) for word in [str(path), *words])
 
 
-@pytest.mark.parametrize("line", [b"YQ==", b"YQ== 0 0", b"Y*== 0", b"YQ==YQ== 0", b"YQ 0", b"YQ== 0.0", b"\xff 0", b" 0"])
-def test_every_kind_of_malformed_line_is_named(tmp_path, line):
+MALFORMED = [b"YQ==", b"YQ== 0 0", b"Y*== 0", b"YQ==YQ== 0", b"YQ 0", b"Y=== 0", b"==== 0", b"YQ== 0.0", b"\xff 0", b" 0", b"YQ==\n0"]
+
+
+@pytest.mark.parametrize("blank", [b"", b"\n"])
+@pytest.mark.parametrize("line", MALFORMED)
+def test_every_kind_of_malformed_line_is_named(tmp_path, line, blank):
     path = tmp_path / "tiktoken.model"
-    path.write_bytes(b"Yg== 0\n\n" + line + b"\nYw== 1\n")
-    with pytest.raises(ValueError, match="line 3: expected 'BASE64 RANK'"):
+    path.write_bytes(b"Yg== 0\n" + blank + line + b"\nYw== 1\n")
+    with pytest.raises(ValueError, match=f"line {2 + len(blank)}: expected 'BASE64 RANK'"):
         read_ranks(path)
 
 
