@@ -5,6 +5,7 @@ import binascii
 import codecs
 import os
 import re
+import string
 from collections.abc import Iterator
 
 
@@ -37,7 +38,7 @@ _CHAR_OF_BYTE = {byte: chr(byte) for byte in _PRINTABLE_BYTES} | {b: chr(256 + i
 _BYTE_OF_CHAR = {char: byte for byte, char in _CHAR_OF_BYTE.items()}
 _CHARMAP = "".join(_CHAR_OF_BYTE[byte] for byte in range(256))  # the same as Python's codecs read it
 
-_ENCODED = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="  # Base64's characters, decimal digits among them
+_ENCODED = (string.ascii_letters + string.digits + "+/=").encode()  # Base64's characters, those of ranks among them
 
 
 def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:

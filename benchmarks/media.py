@@ -146,8 +146,8 @@ def picture(processor, size: tuple[int, int], rounds: int, threads: int, copied:
 
 def video(processor, path: Path, rounds: int, threads: int, copied: float) -> list[dict]:
     """Rows of a video; the limit is the least decoding, and of each frame its scaling on all threads and its patches."""
-    from kimi_k26.video_kimi_k26 import read_video
     from kimi_k26.scaling_kimi_k26 import scaled_strips
+    from kimi_k26.video_kimi_k26 import read_video
 
     config, given = processor.media_config(), processor.encode_video(path)
     opened = read_video(path, config.choose)
