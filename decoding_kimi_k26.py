@@ -3,7 +3,6 @@
 import ctypes
 import threading
 from typing import Optional
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -18,7 +17,6 @@ from .native_kimi_k26 import (
     MOST_ROWS,
     Attention,
     FeedForward,
-    Latents,
     Layer,
     Step,
     addresses,
@@ -355,103 +353,20 @@ def decode(owner: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cac
     return owner.native(x, rotary, span, caches, head) if owner.native.fits else None
 
 
-# In a compiled graph all layers are one operation. It is found by a number, as graphs hold tensors and numbers alone; its
-# name has the module's, which may be loaded more than once.
-NAMESPACE = __name__.replace(".", "_")
-_owners: WeakValueDictionary = WeakValueDictionary()
-
-
-# Defined plainly, for what `torch.library.custom_op` puts around costs as much as the graph saves.
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define(
-    "decode(Tensor x, Tensor cos, Tensor sin, Tensor at, Tensor? padding, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? head, int owner)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-
-
-def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[torch.Tensor], head, owner: int):
-    """One new token of each row, at the place `at` of static caches, through all layers of the text model `owner`, its
-    last norm and an output layer."""
-    model, past = _owners[owner], int(at)
-    if past >= keys[0].shape[2]:
-        raise ValueError(f"the static cache has room for {keys[0].shape[2]} tokens, and one comes at place {past}")
-    if padding is not None and (padding.shape[0] != x.shape[0] or padding.shape[1] <= past):
-        raise ValueError(f"attention_mask is {tuple(padding.shape)}, but {x.shape[0]} sequences have {past + 1} tokens")
-    if model.native is None or not model.native.is_current(keys[0].data_ptr(), past):
-        model.native = NativeDecoder(model)
-    if not model.native.fits:
-        raise RuntimeError("the layers have changed since the model was compiled; compile it again")
-    return model.native.run(x, (cos, sin), padding, [(*place, past) for place in zip(keys, values)], head)
-
-
-def _decoded(x, cos, sin, at, padding, keys, values, head, owner):
-    """Empty tensors in the shape of the result."""
-    routing = [layer.mlp.gate.weight.shape[0] for layer in _owners[owner].layers if hasattr(layer.mlp, "gate")]
-    logits = x.new_empty(len(routing), x.shape[0], max(routing, default=0), dtype=torch.float32)
-    return torch.empty_like(x), logits, x.new_empty(x.shape[0], 1, 0 if head is None else head.shape[0])
-
-
-_library.define("few_rows(Tensor x, Tensor weight) -> Tensor")
-_library.impl("few_rows", few_rows, "CPU")
-torch.library.register_fake(f"{NAMESPACE}::few_rows", lambda x, weight: x.new_empty(len(x), len(weight)), lib=_library)
-_product = getattr(torch.ops, NAMESPACE).few_rows.default
-_library.impl("decode", _decode, "CPU")
-torch.library.register_fake(f"{NAMESPACE}::decode", _decoded, lib=_library)
-_operation = getattr(torch.ops, NAMESPACE).decode.default
-
-
-@torch.compiler.assume_constant_result
-def _number(model: nn.Module) -> int:
-    """What stands for a text model in a graph; 0 where the kernels cannot compute its layers."""
-    if library() is None:
-        return 0
-    if model.native is None or not model.native.is_current():
-        model.native = NativeDecoder(model)
-    _owners[id(model)] = model
-    return id(model) if model.native.fits else 0
-
-
-def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cache, head: Optional[torch.Tensor]):
-    """What a [`NativeDecoder`] gives, while a graph is being made: over a static cache; `None` where it cannot serve.
-
-    PyTorch looks at all that is looked at here before each run of the graph: the less, the faster.
-    """
-    if (
-        x.shape[1] != 1
-        or x.shape[0] > MOST_ROWS
-        or x.dtype != torch.bfloat16
-        or x.device.type != "cpu"
-        or past_key_values is None
-        or model.training
-        or torch.is_grad_enabled()
-        or span.given is not None
-        or span.documents is not None
-    ):
-        return None
-    caches = getattr(past_key_values, "layers", ())
-    for cache in caches:
-        if type(cache) is not StaticLayer or cache.keys is None or cache.keys.dtype != x.dtype:
-            return None
-    number = _number(model)
-    if not number or len(caches) != _count(model):
-        return None
-    keys, values = [cache.keys for cache in caches], [cache.values for cache in caches]
-    out = _operation(x, *rotary, span.query_index, span.padding, keys, values, head, number)
-    for cache in caches:
-        count_tokens(cache, 1)
-    return out
-
-
-@torch.compiler.assume_constant_result
-def _count(model: nn.Module) -> int:
-    return len(model.layers)
-
-
 def head_for(x: torch.Tensor, linear: nn.Module) -> Optional[torch.Tensor]:
     """The weight of an output layer where the kernels can read it and serve `x`, `(batch, length, hidden_size)`, else `None`."""
     few = x.shape[0] * x.shape[1] <= MOST_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
     serves = few and not torch.is_grad_enabled() and _reads_plainly(linear) and linear.bias is None
     return linear.weight if serves else None
+
+
+# In a compiled graph the product is an operation, whose name has the module's, which may be loaded more than once.
+NAMESPACE = __name__.replace(".", "_")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define("few_rows(Tensor x, Tensor weight) -> Tensor")
+_library.impl("few_rows", few_rows, "CPU")
+torch.library.register_fake(f"{NAMESPACE}::few_rows", lambda x, weight: x.new_empty(len(x), len(weight)), lib=_library)
+_product = getattr(torch.ops, NAMESPACE).few_rows.default
 
 
 def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,8 @@ from .cache_kimi_k26 import LatentLayer  # noqa: F401
 from .checkpoint_kimi_k26 import Checkpoint  # noqa: F401
 from .compiling_kimi_k26 import compiled  # noqa: F401
 from .expert_kernels_kimi_k26 import EXPERTS  # noqa: F401
+from .graph_kernels_kimi_k26 import GRAPHS  # noqa: F401
+from .graph_kimi_k26 import compiled_decode  # noqa: F401
 from .integer_kernels_kimi_k26 import INTEGERS  # noqa: F401
 from .kernels_kimi_k26 import COMMON  # noqa: F401
 from .latent_kernels_kimi_k26 import LATENTS  # noqa: F401

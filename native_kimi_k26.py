@@ -21,6 +21,7 @@ from .avx2_kernels_kimi_k26 import AVX2
 from .bfloat16_kernels_kimi_k26 import BFLOAT16, PANELS
 from .compiling_kimi_k26 import address, compiled, i64, may_use_tiles
 from .expert_kernels_kimi_k26 import EXPERTS
+from .graph_kernels_kimi_k26 import GRAPHS
 from .integer_kernels_kimi_k26 import INTEGERS
 from .kernels_kimi_k26 import COMMON, INCLUDES
 from .latent_kernels_kimi_k26 import LATENTS
@@ -31,7 +32,7 @@ from .tile_kernels_kimi_k26 import PRODUCTS_IN_TILES, TILES
 MOST_ROWS = 32  # that are few: above, unpacking weights for many rows and the matrix products of PyTorch are faster
 MANY_ROWS = f"#ifdef TILES{PRODUCTS_IN_TILES}#else{PANELS}#endif\n"
 PRODUCTS = f"#ifdef BFLOAT16_PRODUCTS{BFLOAT16}{MANY_ROWS}#else{INTEGERS}#endif"
-SOURCE = f"{INCLUDES}namespace kimi {{\nenum {{ MOST = {MOST_ROWS} }};  // rows that are few\n{TILES}{AVX2}{COMMON}{PRODUCTS}{ATTENTION}{LATENTS}{PREFILL}{EXPERTS}}}\n"
+SOURCE = f"{INCLUDES}namespace kimi {{\nenum {{ MOST = {MOST_ROWS} }};  // rows that are few\n{TILES}{AVX2}{COMMON}{PRODUCTS}{ATTENTION}{LATENTS}{PREFILL}{EXPERTS}{GRAPHS}}}\n"
 NEEDED = {"avx2", "fma"}  # as /proc/cpuinfo has them; AVX-512 with bfloat16 products is used where it is
 INPUTS = 32  # all products run over multiples of so many inputs
 
@@ -136,9 +137,9 @@ def load(source: str):
     kernels = compiled("kernels", source, NEEDED, parallel=True, depends=torch.__version__)
     if kernels is None:
         return None
-    for function in ("attention", "read", "prefill", "route", "experts", "many_experts", "dense", "linear", "many_rows", "dequantize", "norm", "rotate"):
+    for function in ("attention", "read", "prefill", "route", "experts", "many_experts", "dense", "linear", "many_rows", "dequantize", "norm", "rotate", "torch", "graph", "no_graph", "unready"):
         getattr(kernels, f"kimi_{function}").restype = None
-    kernels.kimi_decode.restype = i64
+    kernels.kimi_decode.restype = kernels.kimi_ready.restype = i64
     return kernels
 
 

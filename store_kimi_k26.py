@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .memory_kimi_k26 import release
-from .native_kimi_k26 import NativeAddresses, is_plain
+from .native_kimi_k26 import NativeAddresses, is_plain, library
 from .quantization_kimi_k26 import CpuInt4, KimiK26Int4Linear, int4_linear
 from .triton_kimi_k26 import grouped_experts, table_for
 
@@ -209,6 +209,8 @@ class KnownExperts:
             self._forget(list(self._held))
 
     def _forget(self, numbers: list[int]):
+        if numbers:
+            library().kimi_unready()  # a graph may be reading them
         for number in numbers:
             del self._held[number]
             self._table[number] = None

@@ -11,8 +11,9 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .attention_kimi_k26 import AttentionSpan, KimiK26Attention, KimiK26RMSNorm, KimiK26RotaryEmbedding
 from .configuration_kimi_k26 import KimiK26TextConfig
-from .decoding_kimi_k26 import compiled_decode, decode
+from .decoding_kimi_k26 import decode
 from .experts_kimi_k26 import KimiK26Experts, KimiK26MLP, KimiK26MoE
+from .graph_kimi_k26 import compiled_decode
 from .memory_kimi_k26 import release
 from .native_kimi_k26 import is_plain
 from .store_kimi_k26 import ExpertStore

@@ -4,8 +4,8 @@
     python benchmarks/compiled.py --checkpoint FOLDER --steps 300 --json compiled.json
     python benchmarks/compiled.py --device cuda                    # where there is a GPU
 
-All take the same tokens, some steps of each in turn, in rotating order. Times are medians and lower quartiles, a step ends with
-the choice of a token. It ends with an error where more than one graph was made. Before each run of a graph PyTorch looks whether
+All take the same tokens, some steps of each in turn, in rotating order, and over each of three caches in turn, as where memory lies
+makes a difference of some percent. Times are medians and lower quartiles, a step ends with the choice of a token. It ends with an error where more than one graph was made. Before each run of a graph PyTorch looks whether
 all is as it was when the graph was made; `torch.compiler.set_stance(skip_guard_eval_unsafe=True)` lets it be trusted.
 """
 
@@ -35,36 +35,38 @@ EAGER, COMPILED, TRUSTED = "eager", "compiled", "compiled, guards skipped"
 class Steps:
     """Decode steps of one row over a static cache of its own."""
 
-    def __init__(self, model, call, row: list[int], steps: int, trusted: bool):
-        self.call, self.at, self.trusted, self.seconds, self.chosen = call, len(row), trusted, [], []
+    def __init__(self, model, row: list[int], steps: int):
+        self.at, self.chosen = len(row), []
         self.cache = StaticCache(config=model.config.text_config, max_cache_len=len(row) + steps)
         ids = torch.tensor([row], device=model.device)
         model(ids, past_key_values=self.cache, cache_position=torch.arange(len(row), device=model.device), logits_to_keep=1)
 
-    def one(self, token: int):
+    def one(self, call, token: int, trusted: bool) -> float:
+        """Seconds that `call` takes for a step."""
         ids, at = (torch.tensor(value, device=self.cache.layers[0].keys.device) for value in ([[token]], [self.at]))
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=self.trusted):
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=trusted):
             start = perf_counter()
-            choice = int(self.call(ids, past_key_values=self.cache, cache_position=at, use_cache=True).logits[0, -1].argmax())
-            self.seconds.append(perf_counter() - start)
+            choice = int(call(ids, past_key_values=self.cache, cache_position=at, use_cache=True).logits[0, -1].argmax())
+            seconds = perf_counter() - start
         self.chosen.append(choice)
         self.at += 1
+        return seconds
 
 
 @torch.no_grad()
 def measure(model, compiled, config: dict, context: int, steps: int) -> list[dict]:
     (row,), (following,) = prompts(config, 1, context), prompts(config, 1, TURN + steps, seed=1)
     kinds = {EAGER: model, COMPILED: compiled, TRUSTED: compiled}
-    runs = {name: Steps(model, call, row, len(following), name == TRUSTED) for name, call in kinds.items()}
-    order = list(runs.values())
-    for start in range(0, len(following), TURN):
-        order = [*order[1:], order[0]]
-        for run in order:
+    runs, seconds = [Steps(model, row, len(following)) for _ in kinds], {name: [] for name in kinds}
+    for turn, start in enumerate(range(0, len(following), TURN)):
+        for n in range(len(runs)):
+            name = list(kinds)[(n - turn) % len(runs)]
             for token in following[start : start + TURN]:
-                run.one(token)
+                seconds[name].append(runs[n].one(kinds[name], token, name == TRUSTED and turn > 0))
+    same = statistics.fmean(len(set(chosen)) == 1 for chosen in zip(*(run.chosen for run in runs)))
     found = []
-    for name, run in runs.items():
-        taken, same = sorted(run.seconds[TURN:]), statistics.fmean(map(int.__eq__, run.chosen, runs[EAGER].chosen))
+    for name in kinds:
+        taken = sorted(seconds[name][TURN:])
         found.append({"engine": name, "context": context, "count": len(taken), "same": same})
         found[-1] |= {"median": statistics.median(taken), "quartile": taken[len(taken) // 4]}
     return found
