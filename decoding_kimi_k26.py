@@ -186,11 +186,9 @@ class NativeDecoder:
                 settle(*layer.dense())
         self.parts = [NativeLayer(layer) for layer in layers_of(owner)]
         self.norm = self.eps = None
-        self._looked_at: list[Weights] = list(self.parts)
-        if "norm" in owner._modules:
-            self._looked_at.append(Weights())
-            self.norm, self.eps = self._looked_at[-1].weight(owner, "norm"), owner.norm.eps
-        self.fits = all(part.fits and part.is_current() for part in self._looked_at)
+        if "norm" in owner._modules:  # is looked at with the last layer
+            self.norm, self.eps = self.parts[-1].weight(owner, "norm"), owner.norm.eps
+        self.fits = all(part.fits and part.is_current() for part in self.parts)
         self.calls = (Layer * len(self.parts))()
         self._latents = [call.latents for call in self.calls]
         self._turn = threading.Lock()  # for all that a run sets and reads
@@ -220,10 +218,14 @@ class NativeDecoder:
         """
         goes_on = where is not None and new == 1 and (where, past) == self._next
         self._next = where, past + new
-        if not goes_on:
-            return all(part.is_current() for part in self._looked_at)
         self._looks += 1
-        return self._looked_at[self._looks % len(self._looked_at)].is_current()
+        if not goes_on:
+            return all(part.is_current() for part in self.parts)
+        return self.parts[self._looks % len(self.parts)].is_current()
+
+    def look_again(self):
+        """Let the next step look at all layers, wherever it goes on."""
+        self._next = None
 
     def __call__(self, x: torch.Tensor, rotary, span, caches: list, head: Optional[torch.Tensor] = None):
         """

@@ -3,7 +3,7 @@
 GRAPHS = r"""
 // ---------------------------------------------------------------------------------------- steps in compiled graphs
 
-typedef uint64_t Value;  // a number; the handle of a tensor or a list; where a value may be missing null, or the address of one
+typedef uint64_t Value;  // a number; the handle of a tensor or a list; an optional one: null, or the address of its value
 
 // What PyTorch lets other libraries call (torch/csrc/stable/c/shim.h): the addresses are given, as nothing is linked with it.
 static struct Torch {
@@ -37,7 +37,7 @@ struct Made {  // a contiguous tensor of three axes
     void* at;
     Made(i64 a, i64 b, i64 c, int32_t dtype) {
         const i64 sizes[] = {a, b, c}, strides[] = {b * c, c, 1};
-        torch_.empty(3, sizes, strides, dtype, 0, 0, &tensor);
+        if (torch_.empty(3, sizes, strides, dtype, 0, 0, &tensor)) throw std::bad_alloc();
         torch_.address(tensor, &at);
     }
 };
@@ -61,25 +61,22 @@ struct Graph {
     std::mutex turn;  // of all threads
 };
 static std::mutex graphs_turn;
-static std::map<i64, Graph> graphs;  // by the number of the model
-static Graph* graph_of(i64 model) {
+static std::map<i64, std::shared_ptr<Graph>> graphs;  // by the number of the model
+static std::shared_ptr<Graph> graph_of(i64 model) {
     std::lock_guard<std::mutex> turn(graphs_turn);
     const auto found = graphs.find(model);
-    return found == graphs.end() ? nullptr : &found->second;
+    return found == graphs.end() ? nullptr : found->second;
 }
 
 extern "C" void kimi_torch(const Torch* given) { torch_ = *given; }
 extern "C" void kimi_graph(i64 model, const char* slowly) {
     std::lock_guard<std::mutex> turn(graphs_turn);
-    graphs[model].slowly = slowly;
-}
-extern "C" void kimi_no_graph(i64 model) {
-    std::lock_guard<std::mutex> turn(graphs_turn);
-    graphs.erase(model);
+    graphs[model] = std::make_shared<Graph>();
+    graphs[model]->slowly = slowly;
 }
 // Returns how many experts were used since the last time.
 extern "C" i64 kimi_ready(i64 model, const Ready* ready) {
-    Graph& g = *graph_of(model);
+    Graph& g = *graph_of(model);  // the model is there as long as this
     std::lock_guard<std::mutex> turn(g.turn);
     g.ready = *ready;
     g.layers.assign(ready->layers, ready->layers + ready->count);
@@ -88,17 +85,41 @@ extern "C" i64 kimi_ready(i64 model, const Ready* ready) {
     g.chosen.resize(g.weights.size());
     return std::exchange(g.used, 0);
 }
-// No graph is ready any more. A step that is being done is done first: what it reads may go then.
-extern "C" void kimi_unready() {
-    std::lock_guard<std::mutex> turn(graphs_turn);
-    for (auto& one : graphs) {
-        std::lock_guard<std::mutex> turn(one.second.turn);
-        one.second.ready.steps = 0;
+// A model, or all whose layers have this table of experts, are not ready any more. A step that is being done is done first: what it reads
+// may go then.
+extern "C" void kimi_unready(i64 model, const void* table) {
+    std::vector<std::shared_ptr<Graph>> found;
+    {
+        std::lock_guard<std::mutex> turn(graphs_turn);
+        for (auto& [number, graph] : graphs) if (table || number == model) found.push_back(graph);
     }
+    for (auto& graph : found) {
+        std::lock_guard<std::mutex> turn(graph->turn);
+        const auto has_table = [&](const Layer& layer) { return layer.experts == table; };
+        if (!table || std::any_of(graph->layers.begin(), graph->layers.end(), has_table)) graph->ready.steps = 0;
+    }
+}
+// A model is no more.
+extern "C" void kimi_no_graph(i64 model) {
+    kimi_unready(model, nullptr);
+    std::lock_guard<std::mutex> turn(graphs_turn);
+    graphs.erase(model);
 }
 
 enum { X, COS, SIN, AT, PADDING, KEYS, VALUES, HEAD, MODEL };  // of the stack of arguments
 enum { OUT, LOGITS, SCORES };                                  // and of results
+
+static void drop_arguments(Value* stack) {
+    for (int argument : {X, COS, SIN, AT}) torch_.drop(stack[argument]);
+    for (int argument : {KEYS, VALUES}) {
+        size_t items;
+        torch_.count(stack[argument], &items);
+        for (size_t i = 0; i < items; i++) { Value one; torch_.item(stack[argument], i, &one); torch_.drop(one); }
+        torch_.drop_list(stack[argument]);
+    }
+    for (int argument : {PADDING, HEAD})
+        if (Value* at = (Value*)stack[argument]) { torch_.drop(*at); torch_.drop_value(at); }
+}
 
 // Whether the step is done, and the results are in place of the arguments.
 static bool step_of(Graph& g, Value* stack) {
@@ -115,23 +136,14 @@ static bool step_of(Graph& g, Value* stack) {
         if (padding.sizes[0] != r.rows || padding.sizes[1] <= past || !padding.contiguous) return false;
         mask = (const uint8_t*)padding.at; mask_row = padding.strides[0];
     }
-    const auto each_part = [&](auto f) {  // of the cache
-        for (i64 l = 0; l < r.count; l++) {
-            Value keys, values;
-            torch_.item(stack[KEYS], l, &keys); torch_.item(stack[VALUES], l, &values);
-            f(g.layers[l].latents, keys, values);
-        }
-    };
-    size_t parts;
-    torch_.count(stack[KEYS], &parts);
-    if ((i64)parts != r.count) return false;
-    bool room = true;
-    each_part([&](Latents& to, Value keys, Value values) {
+    for (i64 l = 0; l < r.count; l++) {
+        Value keys, values;
+        torch_.item(stack[KEYS], l, &keys); torch_.item(stack[VALUES], l, &values);
         const Seen latent(keys), rotary(values);
-        room &= past < latent.sizes[2];
-        to = {(bf16*)latent.at, (bf16*)rotary.at, latent.strides[0], latent.strides[2], rotary.strides[0], rotary.strides[2], past, 1, mask, mask_row};
-    });
-    if (!room || g.layers[0].latents.latent != r.where) return false;
+        if (latent.sizes[0] != r.rows || latent.sizes[2] <= past) return false;
+        g.layers[l].latents = {(bf16*)latent.at, (bf16*)rotary.at, latent.strides[0], latent.strides[2], rotary.strides[0], rotary.strides[2], past, 1, mask, mask_row};
+    }
+    if (g.layers[0].latents.latent != r.where) return false;
 
     Step step = {};
     step.norm = r.norm; step.eps = r.eps; step.rows = r.rows;
@@ -160,20 +172,22 @@ static bool step_of(Graph& g, Value* stack) {
     g.used += step.used;
     r.past++; r.steps--;
 
-    for (int argument : {X, COS, SIN, AT}) torch_.drop(stack[argument]);
-    each_part([](Latents&, Value keys, Value values) { torch_.drop(keys); torch_.drop(values); });
-    torch_.drop_list(stack[KEYS]); torch_.drop_list(stack[VALUES]);
-    for (int argument : {PADDING, HEAD})
-        if (Value* at = (Value*)stack[argument]) { torch_.drop(*at); torch_.drop_value(at); }
+    drop_arguments(stack);
     stack[OUT] = out.tensor; stack[LOGITS] = logits.tensor; stack[SCORES] = scores.tensor;
     return true;
 }
 extern "C" void kimi_step(Value* stack, uint64_t, uint64_t) {
-    Graph* g = graph_of(stack[MODEL]);
-    if (!g) throw std::runtime_error("the model that this graph was made of is no more");
+    const std::shared_ptr<Graph> g = graph_of(stack[MODEL]);
+    if (!g) {
+        drop_arguments(stack);
+        throw std::runtime_error("the model that this graph was made of is no more");
+    }
     if (step_of(*g, stack) || !torch_.call(g->slowly.c_str(), "", stack, VERSION)) return;
-    const std::string what = torch_.what(), kind = "ValueError: ";
-    if (what.rfind(kind, 0) == 0) throw std::invalid_argument(what.substr(kind.size()));  // which Python sees as what it was
+    std::string what = torch_.what();
+    what = what.substr(0, what.find("\n\nAt:\n"));  // where in Python follows
+    const auto is = [&](const char* kind) { return what.rfind(kind, 0) == 0; };
+    if (is("ValueError: ")) throw std::invalid_argument(what.substr(strlen("ValueError: ")));  // which Python sees as what it was
+    if (is("KeyboardInterrupt")) std::raise(SIGINT);  // once more, as it must not end here
     throw std::runtime_error(what);
 }
 """

@@ -27,6 +27,7 @@ INTERFACE = """
     aoti_torch_delete_tensor_object torch_list_size torch_list_get_item torch_delete_list torch_delete_stable_ivalue
     torch_get_num_threads torch_call_dispatcher torch_exception_get_what_without_backtrace
 """.split()
+_FILE = __file__.encode()  # PyTorch keeps its address
 VERSION = 2 << 56 | 13 << 48  # `VERSION` of the source
 
 _models: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
@@ -59,6 +60,8 @@ def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[tor
     """One new token of each row, at the place `at` of static caches, through all layers of a text model, its last norm and an
     output layer; all that the kernels build on is looked at before."""
     owner, past = _models[model], int(at)
+    if keys[0].shape[0] != x.shape[0]:
+        raise ValueError(f"the static cache has room for {keys[0].shape[0]} sequences, and there are {x.shape[0]}")
     if past >= keys[0].shape[2]:
         raise ValueError(f"the static cache has room for {keys[0].shape[2]} tokens, and one comes at place {past}")
     if padding is not None and (padding.shape[0] != x.shape[0] or padding.shape[1] <= past):
@@ -69,7 +72,8 @@ def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[tor
     if not decoder.fits:
         raise RuntimeError("the layers have changed since the model was compiled; compile it again")
     out = decoder.run(x, (cos, sin), padding, [(*place, past) for place in zip(keys, values)], head)
-    if _direct() is library() is not None and not any(experts.store.bounded for experts in decoder.experts[:1]):
+    # Under a budget the store is asked each time.
+    if _direct() is library() and not any(experts.store.bounded for experts in decoder.experts[:1]):
         _make_ready(decoder, model, x, keys[0].data_ptr(), past + 1)
     return out
 
@@ -77,7 +81,7 @@ def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[tor
 def _make_ready(decoder: NativeDecoder, model: int, x: torch.Tensor, where: int, past: int):
     """Let the next steps of a sequence go to the kernels directly."""
     if decoder not in _watched:
-        weakref.finalize(decoder, library().kimi_unready).atexit = False
+        weakref.finalize(decoder, library().kimi_unready, i64(model), None).atexit = False
         _watched.add(decoder)
     sizes = decoder.calls[len(decoder.calls) - 1].feed_forward
     ready = Ready(ctypes.addressof(decoder.calls), len(decoder.calls), decoder.norm, decoder.eps, x.shape[0], x.shape[2])
@@ -86,6 +90,14 @@ def _make_ready(decoder: NativeDecoder, model: int, x: torch.Tensor, where: int,
     used = library().kimi_ready(i64(model), ctypes.byref(ready))
     if decoder.experts:
         decoder.experts[0].store.hits += used  # nobody was asked
+
+
+def look_again(model: nn.Module):
+    """Let the next step look at all layers, in a graph too: there is a new prompt."""
+    if model.native is not None:
+        model.native.look_again()
+    if id(model) in _models and _direct() is not None:
+        _direct().kimi_unready(i64(id(model)), None)
 
 
 def _decoded(x, cos, sin, at, padding, keys, values, head, model):
@@ -102,6 +114,7 @@ _operation = getattr(torch.ops, NAMESPACE).decode.default
 @functools.cache
 def _direct() -> Optional[ctypes.CDLL]:
     """The kernels that PyTorch calls without Python; `None` where it has no interface for that. Gives it the operation."""
+    _library.impl("decode_slowly", _decode, "CPU")
     try:
         pytorch = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
         table = (address * len(INTERFACE))(*(ctypes.cast(getattr(pytorch, name), address) for name in INTERFACE))
@@ -109,10 +122,9 @@ def _direct() -> Optional[ctypes.CDLL]:
     except (OSError, AttributeError):
         _library.impl("decode", _decode, "CPU")
         return None
-    _library.impl("decode_slowly", _decode, "CPU")
     kernels, handle = library(), address()  # which stays, or the operation would go
     kernels.kimi_torch(table)
-    failed = begin(NAMESPACE.encode(), b"CPU", __file__.encode(), 0, ctypes.byref(handle))
+    failed = begin(NAMESPACE.encode(), b"CPU", _FILE, 0, ctypes.byref(handle))
     if failed or add(handle, b"decode", ctypes.cast(kernels.kimi_step, address), ctypes.c_uint64(VERSION)):
         raise RuntimeError(f"PyTorch does not take {NAMESPACE}::decode")
     return kernels
@@ -158,7 +170,7 @@ def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_va
     if not number or len(caches) != _count(model):
         return None
     keys, values = [cache.keys for cache in caches], [cache.values for cache in caches]
-    out = _operation(x, *rotary, span.query_index, span.padding, keys, values, head, number)
+    out = _operation(x, *rotary, span.query_index.long(), span.padding, keys, values, head, number)
     for cache in caches:
         count_tokens(cache, 1)
     return out

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .compiling_kimi_k26 import address, i64
 from .memory_kimi_k26 import release
 from .native_kimi_k26 import NativeAddresses, is_plain, library
 from .quantization_kimi_k26 import CpuInt4, KimiK26Int4Linear, int4_linear
@@ -56,7 +57,7 @@ class ExpertStore:
         return self.elsewhere.setdefault(device, ExpertStore())
 
     def clear(self):
-        """Drop everything and begin to count anew."""
+        """Drop everything and begin to count anew. No other thread may be computing with the experts."""
         for other in self.elsewhere.values():
             other.clear()
         self.cleared += 1
@@ -209,11 +210,12 @@ class KnownExperts:
             self._forget(list(self._held))
 
     def _forget(self, numbers: list[int]):
-        if numbers:
-            library().kimi_unready()  # a graph may be reading them
         for number in numbers:
-            del self._held[number]
             self._table[number] = None
+        if numbers:
+            library().kimi_unready(i64(0), address(self.address))  # a graph may be reading them
+        for number in numbers:
+            self._held.pop(number, None)  # another thread may have done so
 
 
 class CpuExpert(Layout):

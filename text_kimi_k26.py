@@ -13,7 +13,7 @@ from .attention_kimi_k26 import AttentionSpan, KimiK26Attention, KimiK26RMSNorm,
 from .configuration_kimi_k26 import KimiK26TextConfig
 from .decoding_kimi_k26 import decode
 from .experts_kimi_k26 import KimiK26Experts, KimiK26MLP, KimiK26MoE
-from .graph_kimi_k26 import compiled_decode
+from .graph_kimi_k26 import compiled_decode, look_again
 from .memory_kimi_k26 import release
 from .native_kimi_k26 import is_plain
 from .store_kimi_k26 import ExpertStore
@@ -99,6 +99,8 @@ class KimiK26TextModel(nn.Module):
         layers, or where weights must be read or given back between them."""
         if torch.compiler.is_compiling():
             return compiled_decode(self, x, rotary, span, past_key_values, head)
+        if x.shape[1] > 1:
+            look_again(self)
         routing = next((layer.mlp for layer in self.layers if isinstance(layer.mlp, KimiK26MoE)), None)
         resident = routing is None or isinstance(routing.experts, KimiK26Experts) and not routing.experts.store.bounded
         if self.streams or not resident or not all(is_plain(layer) for layer in self.layers):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, decoding_kimi_k26, experts_kimi_k26, native_kimi_k26
+from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration, decoding_kimi_k26, experts_kimi_k26, graph_kimi_k26, native_kimi_k26
 from kimi_k26.attention_kimi_k26 import AttentionSpan
 from kimi_k26.cache_kimi_k26 import layer_of
 from kimi_k26.native_kimi_k26 import library
@@ -49,7 +49,7 @@ compile_kind = functools.cache(lambda kind: native_kimi_k26.load(KINDS[kind] + n
 
 def use_kernels(monkeypatch, kind: str):
     assert compile_kind(kind) is not None
-    for module in (native_kimi_k26, decoding_kimi_k26, experts_kimi_k26):
+    for module in (native_kimi_k26, decoding_kimi_k26, experts_kimi_k26, graph_kimi_k26):
         monkeypatch.setattr(module, "library", lambda: compile_kind(kind))
 
 

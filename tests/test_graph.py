@@ -137,6 +137,30 @@ def test_changes_are_seen(change):
         assert traced.agrees(model)
 
 
+def test_a_prompt_is_a_look():
+    """A dialogue that begins anew over the same cache and goes on from where it was is not taken for the same."""
+    model = make({})
+    traced = Dialogue(model, compiled(model))
+    for _ in range(40):
+        traced.step()
+    for layer in model.language_model.model.layers:
+        layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight.data * 1.5
+    traced.cache.reset()
+    with torch.no_grad():
+        model(traced.ids[:, : traced.at], past_key_values=traced.cache, cache_position=torch.arange(traced.at))
+    assert traced.agrees(model)
+
+
+def test_a_cache_for_fewer_sequences_is_refused():
+    model = make({})
+    one, three = Dialogue(model, compiled(model)), Dialogue(model, None, rows=3)
+    for _ in range(3):
+        one.step()
+    three.call, three.cache, three.at = one.call, one.cache, one.at
+    with pytest.raises(ValueError, match="room for 1 sequences, and there are 3"):
+        three.step()
+
+
 def test_dialogues_in_turn():
     model = make({})
     call = compiled(model)
