@@ -323,6 +323,27 @@ def has_room(layer, x: torch.Tensor, span) -> bool:
     )
 
 
+def decoder_of(owner: nn.Module, *where) -> NativeDecoder:
+    """The decoder that a text model or a layer keeps as `native`, made anew where it is not current: see `is_current`."""
+    if owner.native is None or not owner.native.is_current(*where):
+        owner.native = NativeDecoder(owner)
+    return owner.native
+
+
+def serves_step(owner: nn.Module, x: torch.Tensor, span, past_key_values: Optional[Cache]) -> bool:
+    """Whether these may be new tokens for a [`NativeDecoder`], as far as a graph that is being made can tell, too."""
+    return (
+        0 < x.shape[0] * x.shape[1] <= MOST_ROWS
+        and x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and past_key_values is not None
+        and not owner.training
+        and not torch.is_grad_enabled()
+        and span.given is None
+        and span.documents is None
+    )
+
+
 def decode(owner: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cache, head: Optional[torch.Tensor] = None):
     """What the [`NativeDecoder`] of a text model or of one layer gives where the kernels can serve this call, else `None`.
 
@@ -333,14 +354,7 @@ def decode(owner: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cac
     """
     if (
         torch.compiler.is_compiling()
-        or not 0 < x.shape[0] * x.shape[1] <= MOST_ROWS
-        or x.dtype != torch.bfloat16
-        or x.device.type != "cpu"
-        or past_key_values is None
-        or owner.training
-        or torch.is_grad_enabled()
-        or span.given is not None
-        or span.documents is not None
+        or not serves_step(owner, x, span, past_key_values)
         or not span.knows_padding(*x.shape[:2])
         or not (x.shape[1] == 1 or span.follows)
         or _has_any_global_hook()
@@ -350,9 +364,8 @@ def decode(owner: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cac
     caches = [layer_of(past_key_values, layer.layer_idx) for layer in layers_of(owner)]
     if not all(has_room(cache, x, span) for cache in caches):
         return None
-    if owner.native is None or not owner.native.is_current(id(caches[0]), span.begin, x.shape[1]):
-        owner.native = NativeDecoder(owner)
-    return owner.native(x, rotary, span, caches, head) if owner.native.fits else None
+    native = decoder_of(owner, id(caches[0]), span.begin, x.shape[1])
+    return native(x, rotary, span, caches, head) if native.fits else None
 
 
 def head_for(x: torch.Tensor, linear: nn.Module) -> Optional[torch.Tensor]:

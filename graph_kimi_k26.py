@@ -15,8 +15,8 @@ from torch import nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from .compiling_kimi_k26 import address, i64
-from .decoding_kimi_k26 import NativeDecoder, count_tokens
-from .native_kimi_k26 import MOST_ROWS, fields, library
+from .decoding_kimi_k26 import NativeDecoder, count_tokens, decoder_of, serves_step
+from .native_kimi_k26 import fields, library
 
 
 STEPS = 15  # of a sequence between two looks
@@ -66,9 +66,7 @@ def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[tor
         raise ValueError(f"the static cache has room for {keys[0].shape[2]} tokens, and one comes at place {past}")
     if padding is not None and (padding.shape[0] != x.shape[0] or padding.shape[1] <= past):
         raise ValueError(f"attention_mask is {tuple(padding.shape)}, but {x.shape[0]} sequences have {past + 1} tokens")
-    if owner.native is None or not owner.native.is_current(keys[0].data_ptr(), past):
-        owner.native = NativeDecoder(owner)
-    decoder = owner.native
+    decoder = decoder_of(owner, keys[0].data_ptr(), past)
     if not decoder.fits:
         raise RuntimeError("the layers have changed since the model was compiled; compile it again")
     out = decoder.run(x, (cos, sin), padding, [(*place, past) for place in zip(keys, values)], head)
@@ -114,7 +112,6 @@ _operation = getattr(torch.ops, NAMESPACE).decode.default
 @functools.cache
 def _direct() -> Optional[ctypes.CDLL]:
     """The kernels that PyTorch calls without Python; `None` where it has no interface for that. Gives it the operation."""
-    _library.impl("decode_slowly", _decode, "CPU")
     try:
         pytorch = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
         table = (address * len(INTERFACE))(*(ctypes.cast(getattr(pytorch, name), address) for name in INTERFACE))
@@ -127,6 +124,7 @@ def _direct() -> Optional[ctypes.CDLL]:
     failed = begin(NAMESPACE.encode(), b"CPU", _FILE, 0, ctypes.byref(handle))
     if failed or add(handle, b"decode", ctypes.cast(kernels.kimi_step, address), ctypes.c_uint64(VERSION)):
         raise RuntimeError(f"PyTorch does not take {NAMESPACE}::decode")
+    _library.impl("decode_slowly", _decode, "CPU")
     return kernels
 
 
@@ -135,14 +133,12 @@ def _number(model: nn.Module) -> int:
     """What stands for a text model in a graph; 0 where the kernels cannot compute its layers."""
     if library() is None:
         return 0
-    if model.native is None or not model.native.is_current():
-        model.native = NativeDecoder(model)
-    number, direct = id(model), _direct()
+    decoder, number, direct = decoder_of(model), id(model), _direct()
     if direct is not None and _models.get(number) is not model:
         direct.kimi_graph(i64(number), f"{NAMESPACE}::decode_slowly".encode())
         weakref.finalize(model, direct.kimi_no_graph, i64(number)).atexit = False
     _models[number] = model
-    return number if model.native.fits else 0
+    return number if decoder.fits else 0
 
 
 def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cache, head: Optional[torch.Tensor]):
@@ -150,17 +146,7 @@ def compiled_decode(model: nn.Module, x: torch.Tensor, rotary, span, past_key_va
 
     PyTorch looks at all that is looked at here before each run of the graph: the less, the faster.
     """
-    if (
-        x.shape[1] != 1
-        or x.shape[0] > MOST_ROWS
-        or x.dtype != torch.bfloat16
-        or x.device.type != "cpu"
-        or past_key_values is None
-        or model.training
-        or torch.is_grad_enabled()
-        or span.given is not None
-        or span.documents is not None
-    ):
+    if x.shape[1] != 1 or not serves_step(model, x, span, past_key_values):
         return None
     caches = getattr(past_key_values, "layers", ())
     for cache in caches:

@@ -5,8 +5,9 @@
     python benchmarks/compiled.py --device cuda                    # where there is a GPU
 
 All take the same tokens, some steps of each in turn, in rotating order, and over each of three caches in turn, as where memory lies
-makes a difference of some percent. Times are medians and lower quartiles, a step ends with the choice of a token. It ends with an error where more than one graph was made. Before each run of a graph PyTorch looks whether
-all is as it was when the graph was made; `torch.compiler.set_stance(skip_guard_eval_unsafe=True)` lets it be trusted.
+makes a difference of some percent. Times are medians and lower quartiles, a step ends with the choice of a token. It ends with an error
+where more than one graph was made. Before each run of a graph PyTorch looks whether all is as it was when the graph was made;
+`torch.compiler.set_stance(skip_guard_eval_unsafe=True)` lets it be trusted.
 """
 
 import argparse

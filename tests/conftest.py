@@ -31,6 +31,16 @@ def golden() -> Path:
     return folder
 
 
+@pytest.fixture
+def no_graphs_of_others():
+    """What `torch.compile` has made is forgotten before and after."""
+    import torch
+
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A small random checkpoint with INT4 experts, with this project's code attached. Tests must not write to it."""

@@ -14,14 +14,8 @@ from .native_models import make as make_native
 from .tiny_models import config_dict, fill
 
 PROMPT, STEPS = 8, 200
+pytestmark = pytest.mark.usefixtures("no_graphs_of_others")
 WIDE = {"hidden_size": 64, "moe_intermediate_size": 32, "kv_lora_rank": 32, "intermediate_size": 64}
-
-
-@pytest.fixture(autouse=True)
-def no_graphs_of_others():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def make(dtype, **changes):

@@ -18,14 +18,7 @@ from .native_models import make, needs_kernels
 
 
 PROMPT, ROOM = 6, 120
-pytestmark = needs_kernels
-
-
-@pytest.fixture(autouse=True)
-def no_graphs_of_others():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = [needs_kernels, pytest.mark.usefixtures("no_graphs_of_others")]
 
 
 @pytest.fixture
