@@ -175,12 +175,17 @@ template <int G, class F, class A> static void attend(const Reading& a, i64 begi
 // values are read as they lie, so columns come in the order that `store_columns` undoes.
 #ifdef TILES
 
-// The same for up to sixteen rows of weights, `weight_row` values apart, and `MOST_ADDED` keys. A line of a tile is 32 columns of a key as
-// they lie, which count as pairs: weights with zeros behind them meet the even columns, with zeros before them the odd ones. So
-// half of the products are in vain, but no value is moved, and memory takes longer.
+// Up to `MOST_ADDED` keys. A line of a tile is 32 columns of a key as they lie, which count as pairs: weights with zeros behind them meet
+// the even columns, with zeros before them the odd ones. So half of the products are in vain, but no value is moved, and memory takes longer.
 enum { MOST_ADDED = 128 };
-static void add_rows(const bf16* value, i64 row, i64 columns, const bf16* weights, i64 weight_row, i64 rows, i64 keys, bool fresh, __m512 shrink,
-                     float* read, Ahead& ahead) {
+static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, bool fresh, __m512 shrink, float* read, Ahead& ahead) {
+    alignas(64) bf16 lines[LANES][MOST_ADDED];  // a head's weights after one another
+    for (i64 k = 0; k < keys; k += 32) {
+        __m512i turned[LANES];
+        for (int p = 0; p < LANES; p++) turned[p] = _mm512_loadu_si512(weights + (k / 2 + p) * LANES);
+        transpose16(turned);
+        for (int h = 0; h < LANES; h++) _mm512_store_si512(lines[h] + k, turned[h]);
+    }
     alignas(64) uint32_t even[MOST_ADDED / 16][LANES][LANES], odd[MOST_ADDED / 16][LANES][LANES];
     alignas(64) bf16 last[LANES][64];  // keys that do not fill a tile: what is not there has a weight of zero
     alignas(64) float less[LANES];
@@ -189,8 +194,7 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const bf16* weight
     const i64 tiles = (keys + 15) / 16;
     for (i64 t = 0; t < tiles; t++)
         for (i64 i = 0; i < LANES; i++) {
-            const __mmask16 there = i < rows ? first16(keys - t * 16) : 0;
-            const __m512i some = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, weights + i * weight_row + t * 16));
+            const __m512i some = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first16(keys - t * 16), lines[i] + t * 16));
             _mm512_store_si512(even[t][i], some);
             _mm512_store_si512(odd[t][i], _mm512_slli_epi32(some, 16));
         }
@@ -229,27 +233,6 @@ static void add_rows(const bf16* value, i64 row, i64 columns, const bf16* weight
         }
         store_tile(0, to, columns * 4); store_tile(1, to + LANES, columns * 4);
         if (two) { store_tile(2, to + 2 * LANES, columns * 4); store_tile(3, to + 3 * LANES, columns * 4); }
-    }
-}
-static void add_rows(const bf16* value, i64 row, i64 columns, const uint32_t* weights, i64 keys, bool fresh, __m512 shrink, float* read, Ahead& ahead) {
-    alignas(64) bf16 lines[LANES][MOST_ADDED];  // a head's weights after one another
-    for (i64 k = 0; k < keys; k += 32) {
-        __m512i turned[LANES];
-        for (int p = 0; p < LANES; p++) turned[p] = _mm512_loadu_si512(weights + (k / 2 + p) * LANES);
-        transpose16(turned);
-        for (int h = 0; h < LANES; h++) _mm512_store_si512(lines[h] + k, turned[h]);
-    }
-    add_rows(value, row, columns, lines[0], MOST_ADDED, LANES, keys, fresh, shrink, read, ahead);
-}
-
-enum { WEIGHED = 16 };
-// The other `weigh` by tiles; `next` is what will be asked for next.
-static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum, Ahead next) {
-    for (i64 k = 0; k < 2 * pairs; k += MOST_ADDED) {
-        const bf16 *at = w + k * width, *after = at + MOST_ADDED * width, *end = w + 2 * pairs * width;
-        Ahead more = {after, std::min<i64>(MOST_ADDED * width, end - after) * (i64)sizeof *after};
-        add_rows(at, width, width, (const bf16*)weights + k, 2 * weight_stride, rows, std::min<i64>(2 * pairs - k, MOST_ADDED), k == 0, _mm512_set1_ps(1), sum,
-                 after < end ? more : next);
     }
 }
 #else

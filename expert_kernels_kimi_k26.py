@@ -304,7 +304,7 @@ extern "C" void kimi_dense(const FeedForward* given, i64 rows, const bf16* x, bf
         inner = arena.take<bf16>(rows * f.width + 32);
         gates = arena.take<float>(rows * f.width);
     });
-    std::atomic<i64> dealt{0};
+    std::vector<Taken> dealt(threads);
     #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
@@ -313,7 +313,7 @@ extern "C" void kimi_dense(const FeedForward* given, i64 rows, const bf16* x, bf
         #pragma omp barrier
         gate_up(f, normed, rows, gates, inner);
         #pragma omp barrier
-        linear(f.down, f.width, inner, f.width, rows, Outputs{dealt, f.hidden}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(f.down, f.width, inner, f.width, rows, Outputs(dealt.data(), f.hidden), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             const i64 at = r * f.hidden + o;
             narrow16(out + at, _mm512_add_ps(wide16(x + at, there), rounded16(y)), there);
         });
@@ -323,11 +323,11 @@ extern "C" void kimi_dense(const FeedForward* given, i64 rows, const bf16* x, bf
 // out = x . w transposed, for the output layer.
 extern "C" void kimi_linear(const bf16* w, i64 outputs, i64 inputs, i64 rows, const bf16* x, bf16* out,
                             i64 threads) {
-    std::atomic<i64> dealt{0};
+    std::vector<Taken> dealt(threads);
     #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
-        linear(w, inputs, x, inputs, rows, Outputs{dealt, outputs}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        linear(w, inputs, x, inputs, rows, Outputs(dealt.data(), outputs), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             narrow16(out + r * outputs + o, y, there);
         });
     }

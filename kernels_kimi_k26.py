@@ -66,34 +66,49 @@ struct Range {
         const i64 from = begin;
         return {from, begin = std::min(begin + most, end)};
     }
+    Range next(i64) { return take(end - begin); }  // see `Dealt`
 };
 
-// A piece of `count` things for this thread, in whole units.
+// A piece of `count` things for this thread or another one, in whole units.
 struct Share : Range {
-    Share(i64 count, i64 unit = 1) {
-        i64 threads = omp_get_num_threads(), units = (count + unit - 1) / unit, me = omp_get_thread_num();
-        begin = units * me / threads * unit;
-        end = units * (me + 1) / threads * unit;
+    Share(i64 count, i64 unit = 1, i64 thread = omp_get_thread_num()) {
+        i64 threads = omp_get_num_threads(), units = (count + unit - 1) / unit;
+        begin = units * thread / threads * unit;
+        end = units * (thread + 1) / threads * unit;
         if (end > count) end = count;
         if (begin > end) begin = end;
     }
 };
 
-// The same, but some at a time, to whichever thread asks first: one of them may be slower, as others use its core.
-struct Dealt {
-    std::atomic<i64>& dealt;  // how many are: of all threads, zero at first
-    i64 count, some = 16;
-    Range take() {
-        const i64 begin = std::min<i64>(dealt.fetch_add(some), count);
-        return {begin, std::min<i64>(begin + some, count)};
+// The same, some units at a time, from its front on, as memory is fastest where it is read as it lies. Who has none left takes from the
+// backs of neighbours' shares: one of them may be slower, as others use its core.
+struct alignas(64) Taken { std::atomic<i64> units{0}; };  // of a thread's share: from its front in the lower half, from its back in the upper
+struct Dealt : Share {
+    Taken* taken;  // by all threads
+    i64 count, unit;
+    Dealt(Taken* taken, i64 count, i64 unit = 16) : Share(count, unit), taken(taken), count(count), unit(unit) {}
+    Range next(i64 most = 1) {  // units; of others' shares one
+        constexpr i64 NEIGHBOURS = 4, BACK = (i64)1 << 32;
+        const i64 threads = omp_get_num_threads();
+        for (i64 n = 0; n < std::min(threads, NEIGHBOURS); n++) {
+            const i64 thread = (omp_get_thread_num() + n) % threads;
+            const Share share(count, unit, thread);
+            const i64 units = (share.end - share.begin + unit - 1) / unit, before = taken[thread].units.fetch_add(n ? BACK : most);
+            const i64 front = before % BACK, back = before / BACK, left = units - front - back;
+            if (left <= 0) continue;
+            const i64 at = share.begin + (n ? units - 1 - back : front) * unit;
+            return {at, std::min(at + std::min(n ? 1 : most, left) * unit, share.end)};
+        }
+        return {count, count};
     }
+    bool ends(Range one) const { return one.end >= end; }  // this thread's share
 };
 
 // The outputs of a linear layer, as its products want them.
 #ifdef TILES
 typedef Dealt Outputs;
 #else
-struct Outputs : Share { Outputs(std::atomic<i64>&, i64 count) : Share(count, 16) {} };  // of what follows each thread asks for more
+struct Outputs : Share { Outputs(Taken*, i64 count) : Share(count, 16) {} };  // of what follows each thread asks for more
 #endif
 
 // Calls f with `n`, from 1 to N, as a constant.
@@ -172,7 +187,9 @@ struct Ahead {
         }
     }
 };
-static inline Ahead rows_of(const bf16* w, i64 k, Range outputs) { return {w + outputs.begin * k, (outputs.end - outputs.begin) * k * (i64)sizeof *w}; }
+static inline Ahead rows_of(const bf16* w, i64 k, Range outputs, Ahead then = {}) {
+    return {w + outputs.begin * k, (outputs.end - outputs.begin) * k * (i64)sizeof *w, then.at, then.end - then.at};
+}
 
 enum { AHEAD = 6144 };  // bytes: weights are asked for so long before they are needed, as memory is slow to answer
 static inline void ask_ahead(const void* at) { _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T1); }

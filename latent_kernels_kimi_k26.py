@@ -224,7 +224,7 @@ struct Reader {
     uint32_t *packed, *benches;  // (rows, teams) and (threads), see `Heads`
     float *weighed, *counts;     // (threads, WEIGHED, rank), (threads, most, LANES)
     std::vector<Sums> sums = std::vector<Sums>(rows * groups * most);
-    std::atomic<i64> dealt[3] = {};  // by each phase
+    std::vector<Taken> dealt = std::vector<Taken>(3 * threads);  // by each phase
 
     // A row's keys are cut into as many pieces, however many rows there are: its sums are then the same to the last bit in
     // any company. Some more than few threads, as one of these may be slower; but not too small.
@@ -248,10 +248,9 @@ struct Reader {
         uint32_t* bench = benches + me * Heads::bench(a);
         // The expansion of keys moves into the query: (rows, nope) by (nope, rank) for each head.
         float* sum = weighed + me * WEIGHED * a.rank;
-        Dealt heads{dealt[0], a.heads, 1};
-        for (Range one = heads.take(), next; !one.none(); one = next) {
-            next = heads.take();
-            const Ahead ahead = next.none() ? block_of(c, keys_of(std::min(me, units - 1)), Heads::KEYS) : rows_of(expansion(a, next.begin), a.rank, {0, a.nope});
+        Dealt heads(&dealt[0], a.heads, 1);
+        for (Range one; !(one = heads.next()).none();) {
+            const Ahead ahead = heads.ends(one) ? block_of(c, keys_of(std::min(Share(units).begin, units - 1)), Heads::KEYS) : rows_of(expansion(a, one.end), a.rank, {0, a.nope});
             for (i64 from = 0; from < rows; from += WEIGHED) {
                 const i64 some = std::min<i64>(rows - from, WEIGHED), at = from * a.heads + one.begin;
                 const uint32_t* pairs = (const uint32_t*)(q.still + from * q.still_row + one.begin * q.still_head);  // two neighbours: a pair
@@ -276,10 +275,9 @@ struct Reader {
         #pragma omp barrier
         const i64 parts = (a.v + PART - 1) / PART;  // of the values of a head
         const auto values_of = [&](i64 part) { return rows_of(expansion(a, part / parts) + a.nope * a.rank, a.rank, part_of(part % parts, a.v)); };
-        Dealt dealt_units{dealt[1], units, 1};
-        for (Range one = dealt_units.take(), next; !one.none(); one = next) {
-            next = dealt_units.take();
-            const Ahead ahead = next.none() ? values_of(std::min(me, a.heads * parts - 1)) : block_of(c, keys_of(next.begin), Heads::KEYS);
+        Dealt dealt_units(&dealt[threads], units, 1);
+        for (Range one; !(one = dealt_units.next()).none();) {
+            const Ahead ahead = dealt_units.ends(one) ? values_of(std::min(Share(a.heads * parts).begin, a.heads * parts - 1)) : block_of(c, keys_of(one.end), Heads::KEYS);
             const i64 piece = one.begin % most, r = one.begin / most / teams, group = one.begin / most % teams * Heads::TEAM;
             const TeamSums team = {&sums[(r * groups + group) * most + piece], std::min<i64>(Heads::TEAM, groups - group), most};
             if (piece < pieces(first + r)) Heads::read(a, c, keys_of(one.begin), ahead, packed + one.begin / most * Heads::words(a), team, bench);
@@ -314,13 +312,12 @@ struct Reader {
             }
         }
         #pragma omp barrier
-        Dealt dealt_values{dealt[2], a.heads * parts, 1};
-        for (Range one = dealt_values.take(), next; !one.none(); one = next) {
-            next = dealt_values.take();
+        Dealt dealt_values(&dealt[2 * threads], a.heads * parts, 1);
+        for (Range one; !(one = dealt_values.next()).none();) {
             const i64 h = one.begin / parts;
             linear(expansion(a, h) + a.nope * a.rank, a.rank, read16 + h * a.rank, a.heads * a.rank, rows, part_of(one.begin % parts, a.v),
                    [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(value + (r * a.heads + h) * a.v + o, y, there); },
-                   next.none() ? then : values_of(next.begin));
+                   dealt_values.ends(one) ? then : values_of(one.end));
         }
         #pragma omp barrier
     }
@@ -359,23 +356,22 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
         value = arena.take<bf16>(rows * a.heads * a.v);
         reader.layout();
     });
-    std::atomic<i64> dealt[4] = {};  // by each phase
+    std::vector<Taken> dealt(4 * threads);  // by each phase
     #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
         for (Share s(rows); s.begin < s.end; s.begin++)
             rms_norm(x + s.begin * a.hidden, a.norm, normed + s.begin * a.hidden, a.hidden, a.eps);
         #pragma omp barrier
-        const i64 narrow_size = a.rank + a.rope, inputs = a.q_lora ? a.q_lora : a.hidden, me = omp_get_thread_num();
-        // What each phase reads first is asked for at the end of the one before. A thread will most likely get its number of the shares.
-        const Range block = {me * BLOCK, (me + 1) * BLOCK};
+        const i64 narrow_size = a.rank + a.rope, inputs = a.q_lora ? a.q_lora : a.hidden;
+        // What each phase reads first is asked for at the end of the one before.
         if (a.q_lora)
-            linear(a.q_a, a.hidden, normed, a.hidden, rows, Outputs{dealt[0], a.q_lora}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+            linear(a.q_a, a.hidden, normed, a.hidden, rows, Outputs(&dealt[0], a.q_lora), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
                 narrow16(query_a + r * a.q_lora + o, a.q_a_bias ? _mm512_add_ps(y, wide16(a.q_a_bias + o, there)) : y, there);
-            }, rows_of(a.kv_a, a.hidden, block));
-        linear(a.kv_a, a.hidden, normed, a.hidden, rows, Outputs{dealt[1], narrow_size}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+            }, rows_of(a.kv_a, a.hidden, Share(narrow_size, BLOCK)));
+        linear(a.kv_a, a.hidden, normed, a.hidden, rows, Outputs(&dealt[threads], narrow_size), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             narrow16(key_value + r * narrow_size + o, a.kv_a_bias ? _mm512_add_ps(y, wide16(a.kv_a_bias + o, there)) : y, there);
-        }, rows_of(a.q_b, inputs, block));
+        }, rows_of(a.q_b, inputs, Share(a.heads * head, BLOCK)));
         #pragma omp barrier
         for (Share s(rows); s.begin < s.end; s.begin++) {
             const i64 r = s.begin, sequence = c.sequence(r), at = c.seen(r) - 1;
@@ -385,16 +381,16 @@ extern "C" void kimi_attention(const Attention* given, const Latents* cache, i64
             rotate(mine + a.rank, cos + r * a.rope / 2, sin + r * a.rope / 2, c.rotary + sequence * c.rotary_row + at * c.rotary_key, a.rope);
         }
         #pragma omp barrier
-        linear(a.q_b, inputs, a.q_lora ? query_a : normed, inputs, rows, Outputs{dealt[2], a.heads * head},
+        linear(a.q_b, inputs, a.q_lora ? query_a : normed, inputs, rows, Outputs(&dealt[2 * threads], a.heads * head),
                [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(query + r * a.heads * head + o, y, there); },
-               rows_of(expansion(a, std::min(me, a.heads - 1)), a.rank, {0, a.nope}));
+               rows_of(expansion(a, std::min(Share(a.heads).begin, a.heads - 1)), a.rank, {0, a.nope}));
         #pragma omp barrier
         for (Share s(rows * a.heads); s.begin < s.end; s.begin++) {
             const i64 r = s.begin / a.heads;
             rotate(query + s.begin * head + a.nope, cos + r * a.rope / 2, sin + r * a.rope / 2, turned + s.begin * a.rope, a.rope);
         }
-        reader.run({query, turned, a.heads * head, head, a.heads * a.rope, a.rope}, value, rows_of(a.o, a.heads * a.v, block));
-        linear(a.o, a.heads * a.v, value, a.heads * a.v, rows, Outputs{dealt[3], a.hidden}, [&](i64 o, i64 r, __m512 y, __mmask16 there) {
+        reader.run({query, turned, a.heads * head, head, a.heads * a.rope, a.rope}, value, rows_of(a.o, a.heads * a.v, Share(a.hidden, BLOCK)));
+        linear(a.o, a.heads * a.v, value, a.heads * a.v, rows, Outputs(&dealt[3 * threads], a.hidden), [&](i64 o, i64 r, __m512 y, __mmask16 there) {
             const i64 at = r * a.hidden + o;
             y = rounded16(a.o_bias ? _mm512_add_ps(y, wide16(a.o_bias + o, there)) : y);
             narrow16(out + at, _mm512_add_ps(wide16(x + at, there), y), there);

@@ -55,13 +55,26 @@ struct Tiles {};
 PRODUCTS_IN_TILES = r"""
 // ---------------------------------------------------------------------------------------- few rows of bfloat16
 
+// Memory that will be read as it lies, from an address to another one, and behind that what comes `after`.
+struct Early {
+    const char *at, *end;
+    Ahead after;
+    Early(const bf16* from, const bf16* to, Ahead after) : at((const char*)from), end((const char*)to), after(after) {}
+    template <int LINES> void ask() {
+        if (at >= end) return after.ask(LINES);
+        for (int i = 0; i < LINES; i++) _mm_prefetch(at + 64 * i, _MM_HINT_T1);
+        at += 64 * LINES;
+    }
+};
+
 static thread_local std::vector<uint32_t> paired_rows;  // of x, see `linear`
 
 // `sink(o, r, y, there)` gets y = w[o …] . x[r] of a block of outputs at a time, of which those exist that are `there`; rows of x are `row`
 // values apart. Sixteen outputs are a tile as they lie, 32 inputs of them; of up to sixteen rows of x the other one has pairs,
 // those of a place together: its lines overlap where there are fewer rows, and what they have too much is not looked at.
-// `outputs` gives them out, and is asked for the next ones early, which are then asked for from memory; after the last of them what is
-// to come `after`.
+// `outputs` gives them out. Weights are asked for `EARLY` bytes before they are needed, in the order in which they lie; behind the last of them
+// what is to come `after`. The sums of a block are given away while the next one is multiplied: nothing else would be asked for meanwhile.
+enum { EARLY = 8192, TAKEN = 1 << 17 };  // bytes; so many are taken at once, as a thread that takes waits until it has all that it asked for
 template <class T, class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, T outputs, F sink, Ahead after = {}) {
     const i64 steps = (k + 31) / 32, most = steps * 16 * LANES;
     paired_rows.resize((rows + LANES - 1) / LANES * most + LANES);
@@ -74,18 +87,28 @@ template <class T, class F> static void linear(const bf16* w, i64 k, const bf16*
         else pack(given, some, k / 2, to, some);
         memset(to + k / 2 * some, 0, (steps * 16 - k / 2) * some * sizeof *to);
     }
-    const auto rows_of_w = [&](Range r) { return r.none() ? after : rows_of(w, k, r); };
-    Range some = outputs.take(), next;
-    rows_of_w(some).ask(16 * steps);
-    for (; !some.none(); some = next) {
-        next = outputs.take();
-        Ahead ahead = rows_of_w(next);
+    struct { Range outputs; i64 first, rows; } made = {};
+    alignas(64) __m512 column[2][LANES];
+    int turn = 0;
+    const auto give = [&] {
+        __m512 y[LANES];
+        rows_of(column[turn], 1, y);
+        for (i64 r = 0; r < made.rows; r++) sink(made.outputs.begin, made.first + r, y[r], first16(made.outputs.end - made.outputs.begin));
+    };
+    Early early(w + outputs.begin * k, w + outputs.end * k, after);
+    early.ask<EARLY / 64>();
+    Range part = {};
+    const auto next = [&] {
+        if (part.none()) part = outputs.next(std::max<i64>(TAKEN / (32 * k), 1));
+        return part.take();
+    };
+    for (Range some = next(); !some.none(); some = next()) {
         for (i64 first = 0; first < rows; first += LANES) {
             const i64 there = std::min<i64>(rows - first, LANES);
             const uint32_t* given = paired_rows.data() + first / LANES * most;
             clear_tile(0);
             for (i64 s = 0; s < steps; s++, given += 16 * there) {
-                ahead.ask(16);
+                if (!first) early.ask<16>();
                 load_tile(1, given, there * 4);
                 if (some.begin + 16 <= some.end && s * 32 + 32 <= k) load_tile(2, w + some.begin * k + s * 32, k * sizeof(bf16));
                 else {
@@ -96,13 +119,58 @@ template <class T, class F> static void linear(const bf16* w, i64 k, const bf16*
                 }
                 multiply_tiles(0, 2, 1);
             }
-            alignas(64) __m512 column[LANES];
-            __m512 y[LANES];
-            store_tile(0, column, 64);
-            rows_of(column, 1, y);
-            for (i64 r = 0; r < there; r++) sink(some.begin, first + r, y[r], first16(some.end - some.begin));
+            store_tile(0, column[turn ^ 1], 64);
+            give();
+            turn ^= 1;
+            made = {some, first, there};
         }
     }
+    give();
+}
+
+// sum[i] = weights[i] . w for `R` rows of weights, pairs of bfloat16 for each two rows of w, which has `width` columns, whole lines of them;
+// `next` is what will be asked for behind it. w is read as it lies, sixteen rows at a time, and of a line first the even columns, then the odd ones.
+template <int R> static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, float* sum, Ahead next) {
+    constexpr i64 SOME = 16;  // rows, while the next so many are asked for
+    const __m512i upper = _mm512_set1_epi32(0xffff0000);
+    Early early(w + SOME * width, w + 2 * pairs * width, next);
+    memset(sum, 0, R * width * sizeof(float));
+    for (i64 first = 0; first < 2 * pairs; first += SOME, w += SOME * width) {
+        const i64 some = std::min(2 * pairs - first, SOME);
+        float weight[R][SOME];
+        for (int i = 0; i < R; i++) _mm512_storeu_ps(weight[i], wide16((const bf16*)(weights + i * weight_stride) + first, first16(some)));
+        const auto meet = [&](i64 column, auto lines) {
+            constexpr int LINES = decltype(lines)::value;
+            __m512 even[R][LINES], odd[R][LINES];
+            for (int i = 0; i < R; i++) for (int n = 0; n < LINES; n++) even[i][n] = odd[i][n] = _mm512_setzero_ps();
+            for (i64 k = 0; k < some; k++) {
+                early.ask<LINES>();
+                for (int n = 0; n < LINES; n++) {
+                    const __m512i both = (__m512i)load32(w + k * width + column + 32 * n);
+                    const __m512 one = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), two = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
+                    for (int i = 0; i < R; i++) {
+                        even[i][n] = _mm512_fmadd_ps(one, _mm512_set1_ps(weight[i][k]), even[i][n]);
+                        odd[i][n] = _mm512_fmadd_ps(two, _mm512_set1_ps(weight[i][k]), odd[i][n]);
+                    }
+                }
+            }
+            for (int i = 0; i < R; i++)
+                for (int n = 0; n < LINES; n++) {
+                    float* to = sum + i * width + column + 32 * n;
+                    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), even[i][n]));
+                    _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), odd[i][n]));
+                }
+        };
+        constexpr int MOST_LINES = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // whose sums registers hold
+        i64 column = 0;
+        for (; column + 32 * MOST_LINES <= width; column += 32 * MOST_LINES) meet(column, std::integral_constant<int, MOST_LINES>());
+        for (; column < width; column += 32) meet(column, std::integral_constant<int, 1>());
+    }
+}
+enum { WEIGHED = 8 };
+// The same for up to `WEIGHED` rows of weights: the other `weigh`.
+static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, i64 rows, float* sum, Ahead next) {
+    with_constant<WEIGHED>(rows, [&](auto count) { weigh<count>(w, width, pairs, weights, weight_stride, sum, next); });
 }
 
 // ---------------------------------------------------------------------------------------- many rows: panels of weights
