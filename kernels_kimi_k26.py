@@ -66,7 +66,7 @@ struct Range {
         const i64 from = begin;
         return {from, begin = std::min(begin + most, end)};
     }
-    Range next(i64) { return take(end - begin); }  // see `Dealt`
+    Range next(i64) { return take(end - begin); }  // all at once: see `Dealt`
 };
 
 // A piece of `count` things for this thread or another one, in whole units.
@@ -187,9 +187,7 @@ struct Ahead {
         }
     }
 };
-static inline Ahead rows_of(const bf16* w, i64 k, Range outputs, Ahead then = {}) {
-    return {w + outputs.begin * k, (outputs.end - outputs.begin) * k * (i64)sizeof *w, then.at, then.end - then.at};
-}
+static inline Ahead rows_of(const bf16* w, i64 k, Range outputs) { return {w + outputs.begin * k, (outputs.end - outputs.begin) * k * (i64)sizeof *w}; }
 
 enum { AHEAD = 6144 };  // bytes: weights are asked for so long before they are needed, as memory is slow to answer
 static inline void ask_ahead(const void* at) { _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T1); }

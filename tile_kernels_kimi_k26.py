@@ -74,7 +74,7 @@ static thread_local std::vector<uint32_t> paired_rows;  // of x, see `linear`
 // those of a place together: its lines overlap where there are fewer rows, and what they have too much is not looked at.
 // `outputs` gives them out. Weights are asked for `EARLY` bytes before they are needed, in the order in which they lie; behind the last of them
 // what is to come `after`. The sums of a block are given away while the next one is multiplied: nothing else would be asked for meanwhile.
-enum { EARLY = 8192, TAKEN = 1 << 17 };  // bytes; so many are taken at once, as a thread that takes waits until it has all that it asked for
+enum { EARLY = 8192, PORTION = 1 << 17 };  // bytes; so many are taken at once, as a thread that takes some waits for all that it asked for
 template <class T, class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, T outputs, F sink, Ahead after = {}) {
     const i64 steps = (k + 31) / 32, most = steps * 16 * LANES;
     paired_rows.resize((rows + LANES - 1) / LANES * most + LANES);
@@ -99,7 +99,7 @@ template <class T, class F> static void linear(const bf16* w, i64 k, const bf16*
     early.ask<EARLY / 64>();
     Range part = {};
     const auto next = [&] {
-        if (part.none()) part = outputs.next(std::max<i64>(TAKEN / (32 * k), 1));
+        if (part.none()) part = outputs.next(std::max<i64>(PORTION / (32 * k), 1));
         return part.take();
     };
     for (Range some = next(); !some.none(); some = next()) {
@@ -129,7 +129,8 @@ template <class T, class F> static void linear(const bf16* w, i64 k, const bf16*
 }
 
 // sum[i] = weights[i] . w for `R` rows of weights, pairs of bfloat16 for each two rows of w, which has `width` columns, whole lines of them;
-// `next` is what will be asked for behind it. w is read as it lies, sixteen rows at a time, and of a line first the even columns, then the odd ones.
+// `next` is what will be asked for behind it. w is read as it lies, sixteen rows at a time; of a line the sums of the even columns come first. Tiles
+// would take a third longer: they want sixteen rows of weights, and lines of sixteen rows of w at once.
 template <int R> static void weigh(const bf16* w, i64 width, i64 pairs, const uint32_t* weights, i64 weight_stride, float* sum, Ahead next) {
     constexpr i64 SOME = 16;  // rows, while the next so many are asked for
     const __m512i upper = _mm512_set1_epi32(0xffff0000);

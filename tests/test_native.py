@@ -220,6 +220,21 @@ def test_a_share_of_the_experts():
 
 
 @pytest.mark.usefixtures("each_kind")
+@pytest.mark.parametrize("outputs, inputs_", [(2056, 384), (72, 4128), (8, 64)])
+def test_few_rows_on_several_threads(outputs, inputs_, monkeypatch):
+    """Each output is made once, whoever is slower: threads that have none left take from others', here with fewer processors than threads."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, inputs_).bfloat16(), torch.randn(outputs, inputs_).bfloat16()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    want = few_rows(x, weight)
+    assert error(want, x.float() @ weight.float().T) < 0.01
+    for threads in (2, 3, 7) * 5:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        torch.full_like(want, float("nan"))  # whose memory the result most likely gets
+        assert torch.equal(few_rows(x, weight), want)
+
+
+@pytest.mark.usefixtures("each_kind")
 @pytest.mark.parametrize("shape", ["as published", "bfloat16 experts"])
 def test_many_rows_on_several_threads(shape, monkeypatch):
     model = make({**SHAPES[shape], "num_experts_per_tok": 3})
