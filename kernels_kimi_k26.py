@@ -81,16 +81,16 @@ struct Share : Range {
 };
 
 // The same, some units at a time, from its front on, as memory is fastest where it is read as it lies. Who has none left takes from the
-// backs of neighbours' shares: one of them may be slower, as others use its core.
+// backs of the next three threads' shares: one of them may be slower, as others use its core.
 struct alignas(64) Taken { std::atomic<i64> units{0}; };  // of a thread's share: from its front in the lower half, from its back in the upper
 struct Dealt : Share {
     Taken* taken;  // by all threads
     i64 count, unit;
     Dealt(Taken* taken, i64 count, i64 unit = 16) : Share(count, unit), taken(taken), count(count), unit(unit) {}
     Range next(i64 most = 1) {  // units; of others' shares one
-        constexpr i64 NEIGHBOURS = 4, BACK = (i64)1 << 32;
+        constexpr i64 ASKED = 4, BACK = (i64)1 << 32;
         const i64 threads = omp_get_num_threads();
-        for (i64 n = 0; n < std::min(threads, NEIGHBOURS); n++) {
+        for (i64 n = 0; n < std::min(threads, ASKED); n++) {
             const i64 thread = (omp_get_thread_num() + n) % threads;
             const Share share(count, unit, thread);
             const i64 units = (share.end - share.begin + unit - 1) / unit, before = taken[thread].units.fetch_add(n ? BACK : most);
@@ -101,14 +101,15 @@ struct Dealt : Share {
         }
         return {count, count};
     }
-    bool ends(Range one) const { return one.end >= end; }  // this thread's share
+    bool follows(Range one) const { return one.begin >= begin && one.end < end; }  // whether this thread has what comes behind it
 };
 
-// The outputs of a linear layer, as its products want them.
+// The outputs of a linear layer, as its products want them. Those without tiles ask for what lies right behind the weights they multiply, so that a
+// thread keeps to its share.
 #ifdef TILES
 typedef Dealt Outputs;
 #else
-struct Outputs : Share { Outputs(Taken*, i64 count) : Share(count, 16) {} };  // of what follows each thread asks for more
+struct Outputs : Share { Outputs(Taken*, i64 count) : Share(count, 16) {} };
 #endif
 
 // Calls f with `n`, from 1 to N, as a constant.

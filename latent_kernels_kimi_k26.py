@@ -250,7 +250,7 @@ struct Reader {
         float* sum = weighed + me * WEIGHED * a.rank;
         Dealt heads(&dealt[0], a.heads, 1);
         for (Range one; !(one = heads.next()).none();) {
-            const Ahead ahead = heads.ends(one) ? block_of(c, keys_of(std::min(Share(units).begin, units - 1)), Heads::KEYS) : rows_of(expansion(a, one.end), a.rank, {0, a.nope});
+            const Ahead ahead = heads.follows(one) ? rows_of(expansion(a, one.end), a.rank, {0, a.nope}) : block_of(c, keys_of(std::min(Share(units).begin, units - 1)), Heads::KEYS);
             for (i64 from = 0; from < rows; from += WEIGHED) {
                 const i64 some = std::min<i64>(rows - from, WEIGHED), at = from * a.heads + one.begin;
                 const uint32_t* pairs = (const uint32_t*)(q.still + from * q.still_row + one.begin * q.still_head);  // two neighbours: a pair
@@ -277,7 +277,7 @@ struct Reader {
         const auto values_of = [&](i64 part) { return rows_of(expansion(a, part / parts) + a.nope * a.rank, a.rank, part_of(part % parts, a.v)); };
         Dealt dealt_units(&dealt[threads], units, 1);
         for (Range one; !(one = dealt_units.next()).none();) {
-            const Ahead ahead = dealt_units.ends(one) ? values_of(std::min(Share(a.heads * parts).begin, a.heads * parts - 1)) : block_of(c, keys_of(one.end), Heads::KEYS);
+            const Ahead ahead = dealt_units.follows(one) ? block_of(c, keys_of(one.end), Heads::KEYS) : values_of(std::min(Share(a.heads * parts).begin, a.heads * parts - 1));
             const i64 piece = one.begin % most, r = one.begin / most / teams, group = one.begin / most % teams * Heads::TEAM;
             const TeamSums team = {&sums[(r * groups + group) * most + piece], std::min<i64>(Heads::TEAM, groups - group), most};
             if (piece < pieces(first + r)) Heads::read(a, c, keys_of(one.begin), ahead, packed + one.begin / most * Heads::words(a), team, bench);
@@ -317,7 +317,7 @@ struct Reader {
             const i64 h = one.begin / parts;
             linear(expansion(a, h) + a.nope * a.rank, a.rank, read16 + h * a.rank, a.heads * a.rank, rows, part_of(one.begin % parts, a.v),
                    [&](i64 o, i64 r, __m512 y, __mmask16 there) { narrow16(value + (r * a.heads + h) * a.v + o, y, there); },
-                   dealt_values.ends(one) ? then : values_of(one.end));
+                   dealt_values.follows(one) ? values_of(one.end) : then);
         }
         #pragma omp barrier
     }

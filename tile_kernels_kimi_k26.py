@@ -72,9 +72,10 @@ static thread_local std::vector<uint32_t> paired_rows;  // of x, see `linear`
 // `sink(o, r, y, there)` gets y = w[o …] . x[r] of a block of outputs at a time, of which those exist that are `there`; rows of x are `row`
 // values apart. Sixteen outputs are a tile as they lie, 32 inputs of them; of up to sixteen rows of x the other one has pairs,
 // those of a place together: its lines overlap where there are fewer rows, and what they have too much is not looked at.
-// `outputs` gives them out. Weights are asked for `EARLY` bytes before they are needed, in the order in which they lie; behind the last of them
-// what is to come `after`. The sums of a block are given away while the next one is multiplied: nothing else would be asked for meanwhile.
-enum { EARLY = 8192, PORTION = 1 << 17 };  // bytes; so many are taken at once, as a thread that takes some waits for all that it asked for
+// `outputs` gives them out, about `PORTION` bytes of weights at a time: to take some, a thread waits for all that it asked for. The weights of its
+// own outputs are asked for `EARLY` bytes before they are needed, in the order in which they lie; behind the last of them what is to come
+// `after`. The sums of a block are given away after those of the next one, as the processor would wait for them and ask for nothing meanwhile.
+enum { EARLY = 8192, PORTION = 1 << 17 };
 template <class T, class F> static void linear(const bf16* w, i64 k, const bf16* x, i64 row, i64 rows, T outputs, F sink, Ahead after = {}) {
     const i64 steps = (k + 31) / 32, most = steps * 16 * LANES;
     paired_rows.resize((rows + LANES - 1) / LANES * most + LANES);
@@ -91,6 +92,7 @@ template <class T, class F> static void linear(const bf16* w, i64 k, const bf16*
     alignas(64) __m512 column[2][LANES];
     int turn = 0;
     const auto give = [&] {
+        if (!made.rows) return;
         __m512 y[LANES];
         rows_of(column[turn], 1, y);
         for (i64 r = 0; r < made.rows; r++) sink(made.outputs.begin, made.first + r, y[r], first16(made.outputs.end - made.outputs.begin));
