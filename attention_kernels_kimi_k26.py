@@ -3,12 +3,18 @@
 ATTENTION = r"""
 // ---------------------------------------------------------------------------------------- attention
 
-struct Sums {  // of each query: the largest score, the sum, the weighted values as whoever adds them up has them in order
+// Of each query: the largest score, the sum, the weighted values as whoever adds them up has them in order. Scores are powers of two.
+struct Sums {
     float *best, *total, *read;
-    i64 read_size;
-    void layout(i64 queries, i64 columns) {
-        read_size = columns * queries;
+    i64 queries, read_size;
+    void layout(i64 count, i64 columns) {
+        queries = count; read_size = columns * count;
         best = arena.take<float>(queries); total = arena.take<float>(queries); read = arena.take<float>(read_size);
+    }
+    void clear() const {
+        std::fill_n(best, queries, -INFINITY);
+        std::fill_n(total, queries, 0.0f);
+        std::fill_n(read, read_size, 0.0f);
     }
 };
 
@@ -117,22 +123,17 @@ template <int G> static void score(const Reading& a, i64 block, i64 keys, float*
 }
 #endif
 
-// The sums of `G` groups of queries over the keys from `begin` to `end`, `some` at a time: what is read of them stays in the
+// To the sums of `G` groups of queries come the keys from `begin` to `end`, `some` at a time: what is read of them stays in the
 // nearer caches. `add(first, keys, shrink, ahead)` adds the values of the keys from `first` on, weighted, to sums that shrink before;
 // `after(k)` says what will be read once all before key `k` has been.
 template <int G, class F, class A> static void attend(const Reading& a, i64 begin, i64 end, i64 some, const Sums& s, F add, A after) {
-    const __m512 never = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a.scale);
-    __m512 best[G], total[G];
+    const __m512 never = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a.scale * LOG2_E);
     __m512i limit[G];
     i64 unlimited = end;  // keys before this one are seen by all queries
-    for (int g = 0; g < G; g++) {
-        best[g] = never; total[g] = _mm512_setzero_ps();
-        if (a.limits) {
-            limit[g] = _mm512_loadu_si512(a.limits + g * LANES);
-            unlimited = std::min<i64>(unlimited, _mm512_reduce_min_epi32(limit[g]));
-        }
+    for (int g = 0; g < G && a.limits; g++) {
+        limit[g] = _mm512_loadu_si512(a.limits + g * LANES);
+        unlimited = std::min<i64>(unlimited, _mm512_reduce_min_epi32(limit[g]));
     }
-    memset(s.read, 0, s.read_size * sizeof(float));
     for (i64 block = begin; block < end; block += some) {
         const i64 keys = std::min(end - block, some), whole = (keys + TOGETHER - 1) / TOGETHER * TOGETHER;
         const auto hide = [&](i64 k) { for (int g = 0; g < G; g++) _mm512_storeu_ps(a.scores + (k * G + g) * LANES, never); };
@@ -149,26 +150,23 @@ template <int G, class F, class A> static void attend(const Reading& a, i64 begi
         __m512 shrink[G];
         for (int g = 0; g < G; g++) {
             const float* score = a.scores + g * LANES;
-            __m512 top = never;
-            for (k = 0; k < keys; k++) top = _mm512_max_ps(top, _mm512_loadu_ps(score + k * G * LANES));
-            top = _mm512_max_ps(best[g], _mm512_mul_ps(top, scale));
+            const __m512 before = _mm512_loadu_ps(s.best + g * LANES), top = _mm512_max_ps(before, _mm512_mul_ps(largest(score, keys, G * LANES), scale));
             // Where all is hidden so far any finite number serves: every weight becomes zero.
             const __m512 from = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps());
-            shrink[g] = exp16(_mm512_sub_ps(best[g], from));
-            best[g] = top;
-            __m512 sum = _mm512_mul_ps(total[g], shrink[g]);
-            const auto weight = [&](i64 k) { return exp16(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(score + k * G * LANES), scale), from)); };
+            shrink[g] = two_to(_mm512_sub_ps(before, from));
+            __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(s.total + g * LANES), shrink[g]);
+            const auto weight = [&](i64 k) { return two_to(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(score + k * G * LANES), scale), from)); };
             for (k = 0; k < whole; k += 2) {
-                ahead.ask(4);
+                if (k % 16 == 0) ahead.ask(32);
                 const __m512 one = weight(k), two = weight(k + 1);
                 sum = _mm512_add_ps(sum, _mm512_add_ps(one, two));
                 _mm512_storeu_si512(a.weights + (k / 2 * G + g) * LANES, paired(one, two));
             }
-            total[g] = sum;
+            _mm512_storeu_ps(s.best + g * LANES, top);
+            _mm512_storeu_ps(s.total + g * LANES, sum);
         }
         add(block, keys, shrink, ahead);
     }
-    for (int g = 0; g < G; g++) { _mm512_storeu_ps(s.best + g * LANES, best[g]); _mm512_storeu_ps(s.total + g * LANES, total[g]); }
 }
 
 // read[h] = shrink[h] * read[h] (nothing where it is `fresh`) + the sum of weights[k][h] * value[k] for sixteen heads and some keys:

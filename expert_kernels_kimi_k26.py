@@ -15,7 +15,7 @@ struct Expert { Matrix gate, up, down; };
 enum { RUN = 16 };  // blocks of outputs that a thread takes in one go
 
 static inline __m512 swish(__m512 gate, __m512 up) {  // bf16(silu(gate)) * up
-    const __m512 g = rounded16(gate), s = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1), exp16(_mm512_sub_ps(_mm512_setzero_ps(), g))));
+    const __m512 g = rounded16(gate), s = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1), two_to(_mm512_mul_ps(g, _mm512_set1_ps(-LOG2_E)))));
     return _mm512_mul_ps(rounded16(s), rounded16(up));
 }
 

@@ -393,7 +393,7 @@ static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint
     }
 }
 
-// Of sixteen queries, one to a lane, scores (keys, PANEL) become e^(score - the largest of its stretch), to be multiplied by `factor` for each
+// Of sixteen queries, one to a lane, scores (keys, PANEL) become 2^(score - the largest of its stretch), to be multiplied by `factor` for each
 // stretch. Returns what the sums so far are to be multiplied by, as the largest of all scores may have become larger.
 static __m512 soften(float* scores, i64 stretches, float* best, float* total, __m512* factor) {
     const __m512 never = _mm512_set1_ps(-INFINITY), before = _mm512_loadu_ps(best);
@@ -401,18 +401,17 @@ static __m512 soften(float* scores, i64 stretches, float* best, float* total, __
     const auto finite = [&](__m512 top) { return _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps()); };
     __m512 now = before;
     for (i64 n = 0; n < stretches; n++) {
-        factor[n] = never;
-        for (i64 k = n * STRETCH; k < (n + 1) * STRETCH; k++) factor[n] = _mm512_max_ps(factor[n], _mm512_loadu_ps(scores + k * PANEL));
+        factor[n] = largest(scores + n * STRETCH * PANEL, STRETCH, PANEL);
         now = _mm512_max_ps(now, factor[n]);
     }
-    const __m512 shrink = exp16(_mm512_sub_ps(before, finite(now)));
+    const __m512 shrink = two_to(_mm512_sub_ps(before, finite(now)));
     __m512 all = _mm512_mul_ps(_mm512_loadu_ps(total), shrink);
     for (i64 n = 0; n < stretches; n++) {
         const __m512 top = finite(factor[n]);
-        factor[n] = exp16(_mm512_sub_ps(factor[n], finite(now)));
+        factor[n] = two_to(_mm512_sub_ps(factor[n], finite(now)));
         __m512 sum = _mm512_setzero_ps();
         for (i64 k = n * STRETCH; k < (n + 1) * STRETCH; k++) {
-            const __m512 one = exp16(_mm512_sub_ps(_mm512_loadu_ps(scores + k * PANEL), top));
+            const __m512 one = two_to(_mm512_sub_ps(_mm512_loadu_ps(scores + k * PANEL), top));
             sum = _mm512_add_ps(sum, one);
             _mm512_storeu_ps(scores + k * PANEL, one);
         }

@@ -47,16 +47,26 @@ static inline __m512bh load32(const bf16* x) { return (__m512bh)_mm512_loadu_si5
 static inline __m512bh load32(const bf16* x, __mmask32 there) { return (__m512bh)_mm512_maskz_loadu_epi16(there, x); }
 static inline __mmask32 first32(i64 count) { return count >= 32 ? ~0u : (1u << count) - 1; }
 
-// e^x: 2^n times a polynomial of the rest (Cephes expf); 0 far below.
-static inline __m512 exp16(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // in this order NaN stays
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f})
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(p, n);
+// 2^x: that of the whole part times a polynomial of the rest, from 0 to 1 (the one of its degree that is 1 at 0 and whose largest relative
+// error is least, 1.6e-7); 0 far below.
+static inline __m512 two_to(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);  // in this order NaN stays
+    const __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 p = _mm512_set1_ps(0x1.e975aap-10f);
+    for (float c : {0x1.277824p-7f, 0x1.c91cf0p-5f, 0x1.ebdb56p-3f, 0x1.62e4bap-1f, 1.0f}) p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, x);
+}
+static const float LOG2_E = 1.44269504f;  // e^x = 2^(x LOG2_E)
+
+// The largest of some vectors, `apart` floats from each other. Four at a time, as each of a chain waits for the one before.
+static inline __m512 largest(const float* at, i64 count, i64 apart) {
+    __m512 top[4];
+    for (auto& one : top) one = _mm512_set1_ps(-INFINITY);
+    i64 i = 0;
+    for (; i + 4 <= count; i += 4)
+        for (int n = 0; n < 4; n++) top[n] = _mm512_max_ps(top[n], _mm512_loadu_ps(at + (i + n) * apart));
+    for (; i < count; i++) top[0] = _mm512_max_ps(top[0], _mm512_loadu_ps(at + i * apart));
+    return _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
 }
 
 struct Range {
@@ -177,14 +187,12 @@ struct Ahead {
     const char *at = nullptr, *end = nullptr, *then = nullptr, *last = nullptr;
     Ahead() = default;
     Ahead(const void* one, i64 bytes, const void* other = nullptr, i64 of_other = 0)
-        : at((const char*)one), end(at + bytes), then((const char*)other), last(then + of_other) {}
+        : at((const char*)one), end(at + bytes), then((const char*)other), last(then + of_other) { turn(); }
+    void turn() { if (at >= end) { at = then; end = last; then = last; } }
     void ask(i64 lines) {
-        for (int part = 0; part < 2; part++) {
-            const char *line = at, *stop = std::min(end, line + 64 * lines);
-            for (; line < stop; line += 64, lines--) _mm_prefetch(line, _MM_HINT_T1);
-            at = line;
-            if (at < end) return;
-            at = then; end = last; then = last;
+        for (; at < end && lines > 0; lines--, turn()) {
+            _mm_prefetch(at, _MM_HINT_T1);
+            at += 64;
         }
     }
 };

@@ -62,6 +62,7 @@ struct Heads {
                                  nullptr, c.mask ? c.mask + row * c.mask_row : nullptr, a.scale, b.scores, b.weights, b.copies};
         const i64 all = keys.end - keys.begin, unit = std::max<i64>((all + KEYS - 1) / KEYS, 1) * TOGETHER;
         const i64 some = (all + unit - 1) / unit * TOGETHER;  // blocks of about as many keys each
+        s.clear();
         attend<1>(reading, keys.begin, keys.end, some, s,
                   [&](i64 first, i64 count, const __m512 (&shrink)[1], Ahead& ahead) {
                       add_rows(latent + first * c.latent_key, c.latent_key, a.rank, b.weights, count, first == keys.begin, shrink[0], s.read, ahead);
@@ -100,7 +101,7 @@ struct Heads {
         for (i64 i = 0; i < some; i++) join(rows + i * size(a), size(a), still[i], a.rank, turning[i], a.rope);
         float* scales = (float*)to + size(a) / 2 * PANEL;
         fill({to, scales}, {rows, nullptr}, 0, some, 0, size(a), size(a), 0);
-        for (i64 i = 0; i < size(a) / STRETCH * PANEL; i++) scales[i] *= a.scale;
+        for (i64 i = 0; i < size(a) / STRETCH * PANEL; i++) scales[i] *= a.scale * LOG2_E;
     }
     // Two keys: each as a row of pairs, and their latents, which have one scale each, as values: pairs of keys, a panel of columns after the
     // other, in an order that `store32` undoes.
@@ -152,11 +153,7 @@ struct Heads {
         const i64 all = size(a), key_row = paired_size(all), weight_row = paired_size(KEYS);
         const uint8_t* mask = c.mask ? c.mask + row * c.mask_row : nullptr;
         const __m512 never = _mm512_set1_ps(-INFINITY);
-        for (i64 g = 0; g < team.groups; g++) {
-            memset(team[g].read, 0, team[g].read_size * sizeof(float));
-            _mm512_storeu_ps(team[g].best, never);
-            _mm512_storeu_ps(team[g].total, _mm512_setzero_ps());
-        }
+        for (i64 g = 0; g < team.groups; g++) team[g].clear();
         std::fill_n(b.ones, PANEL, 1.0f);
         for (i64 block = begin; block < end; block += KEYS) {
             const i64 there = std::min<i64>(end - block, KEYS), stretches = (there + STRETCH - 1) / STRETCH;
@@ -293,7 +290,7 @@ struct Reader {
             __m512 top = never, sum = _mm512_setzero_ps();
             for (i64 p = 0; p < n; p++) top = _mm512_max_ps(top, _mm512_loadu_ps(mine[p].best));
             top = _mm512_mask_mov_ps(top, _mm512_cmp_ps_mask(top, never, _CMP_EQ_OQ), _mm512_setzero_ps());
-            const auto weight = [&](i64 p) { return exp16(_mm512_sub_ps(_mm512_loadu_ps(mine[p].best), top)); };
+            const auto weight = [&](i64 p) { return two_to(_mm512_sub_ps(_mm512_loadu_ps(mine[p].best), top)); };
             for (i64 p = 0; p < n; p++) sum = _mm512_fmadd_ps(weight(p), _mm512_loadu_ps(mine[p].total), sum);
             for (i64 p = 0; p < n; p++)  // what each piece counts for
                 _mm512_storeu_ps(count + p * LANES, _mm512_div_ps(weight(p), _mm512_max_ps(_mm512_set1_ps(1e-30f), sum)));  // in this order NaN stays

@@ -14,10 +14,22 @@ struct Expanded {  // addresses, and strides in elements along (batch, token, he
 };
 static inline i64 place(const i64* strides, i64 b, i64 token, i64 h) { return b * strides[0] + token * strides[1] + h * strides[2]; }
 
-enum { QUERIES = 32, GROUPS = QUERIES / LANES, HELD = 1 << 24 };  // queries of one head that read together; bytes of keys and values held at once
+// Queries of one head that read together; blocks of them that a thread takes at once; bytes of keys and values that are copied at once, and that
+// these blocks meet one after the other, while the second cache holds them.
+enum { QUERIES = 32, GROUPS = QUERIES / LANES, BLOCKS = 4, HELD = 1 << 24, NEAR = 1 << 18 };
 
-// A head's queries from `q` on, and how many keys each sees; places without a query repeat the last one.
-struct Asked { i64 n, b, h, q; int32_t limits[QUERIES]; i64 tokens[QUERIES]; i64 keys; };
+// A head's queries from `q` on, of which there are `some`, and how many keys each sees; places without a query repeat the last one.
+struct Asked {
+    i64 n, b, h, q, some, keys;
+    int32_t limits[QUERIES]; i64 tokens[QUERIES];
+    Asked(const Expanded& e, i64 n, i64 b, i64 h, i64 q) : n(n), b(b), h(h), q(q), some(std::min<i64>(e.queries - q, QUERIES)) {
+        for (i64 i = 0; i < QUERIES; i++) {
+            tokens[i] = q + std::min(i, some - 1);
+            limits[i] = e.first + tokens[i] + 1;
+        }
+        keys = std::min<i64>(limits[some - 1], e.keys);
+    }
+};
 
 // Sixteen columns of the values of 32 keys from `k` on: of each column a row of keys. Keys that are not there are zeros.
 static inline void turn_values(const Expanded& e, i64 b, i64 h, i64 k, i64 column, __m512i (&turned)[LANES]) {
@@ -29,16 +41,17 @@ static inline void turn_values(const Expanded& e, i64 b, i64 h, i64 k, i64 colum
 }
 
 // `Copied`: the keys and values of some heads as the products want them, and what reads them. `copy(b, h, n)` is called by all threads
-// for each head, `answer` by one for each of its blocks of queries.
+// for each head; then by one for each of its blocks of queries `ask`, which gets them ready, and `answer` for its keys, some at a time. `which` block it
+// is of those that the thread has says where its sums are.
 #ifdef BFLOAT16_PRODUCTS
 
 #ifdef TILES
 
 // Values as tiles read them: blocks of keys, of each a row for every column.
 struct Values {
-    enum { KEYS = 128 };
+    enum { KEYS = 96 };
     const Expanded& e;
-    const i64 columns, blocks = (e.keys + KEYS - 1) / KEYS;
+    const i64 columns, row = columns, blocks = (e.keys + KEYS - 1) / KEYS;  // row: numbers that a key's values take
     i64 size() const { return blocks * columns * KEYS; }  // of a head
     void copy(i64 b, i64 h, bf16* to) const {
         for (Share s(blocks * KEYS, 32); s.begin < s.end; s.begin += 32)
@@ -115,19 +128,24 @@ struct Values {
 
 // Each key with its rotary part, and the values.
 struct Copied {
+    enum { KEYS = Values::KEYS };  // at a time
     const Expanded& e;
     const i64 size = padded(e.nope + e.rope);
     const Values held = {e, (e.v + LANES - 1) / LANES * LANES};
     bf16 *keys, *values;
-    struct Mine { uint32_t* queries; float* scores; uint32_t* weights; Sums sums; } benches[MAX_THREADS];
+    struct Mine { uint32_t* queries[BLOCKS]; float* scores; uint32_t* weights; Sums sums[BLOCKS]; } benches[MAX_THREADS];
 
     i64 bytes() const { return (room_for(e.keys) * size + held.size()) * sizeof(bf16); }  // of a head
+    i64 key_bytes() const { return (size + held.row) * sizeof(bf16); }  // and of its values
     void layout(i64 heads, i64 threads) {
         keys = arena.take<bf16>(heads * room_for(e.keys) * size);
         values = arena.take<bf16>(heads * held.size());
         for (i64 t = 0; t < threads; t++) {
-            benches[t] = {arena.take<uint32_t>(QUERIES * size / 2), arena.take<float>(Values::KEYS * QUERIES), arena.take<uint32_t>(Values::KEYS / 2 * QUERIES)};
-            benches[t].sums.layout(QUERIES, held.columns);
+            Mine& mine = benches[t];
+            mine.scores = arena.take<float>(KEYS * QUERIES);
+            mine.weights = arena.take<uint32_t>(KEYS / 2 * QUERIES);
+            for (auto& queries : mine.queries) queries = arena.take<uint32_t>(QUERIES * size / 2);
+            for (Sums& sums : mine.sums) sums.layout(QUERIES, held.columns);
         }
     }
     void copy(i64 b, i64 h, i64 n) {
@@ -139,25 +157,30 @@ struct Copied {
         }
         held.copy(b, h, values + n * held.size());
     }
-    const Sums& answer(const Asked& a) {
-        const Mine& mine = benches[omp_get_thread_num()];
-        const Sums& s = mine.sums;
+    void ask(const Asked& a, i64 which) {
+        uint32_t* to = benches[omp_get_thread_num()].queries[which];
         const bf16 *still[QUERIES], *turning[QUERIES];
         for (i64 i = 0; i < QUERIES; i++) {
             still[i] = e.query + place(e.query_at, a.b, a.tokens[i], a.h);
             turning[i] = e.turned + place(e.turned_at, a.b, a.tokens[i], a.h);
         }
-        std::fill(mine.queries + (e.nope + e.rope) / 2 * QUERIES, mine.queries + size / 2 * QUERIES, 0);
+        std::fill(to + (e.nope + e.rope) / 2 * QUERIES, to + size / 2 * QUERIES, 0);
         for (int g = 0; g < GROUPS; g++) {
-            pack(still + g * LANES, LANES, e.nope / 2, mine.queries + g * LANES, QUERIES);
-            pack(turning + g * LANES, LANES, e.rope / 2, mine.queries + e.nope / 2 * QUERIES + g * LANES, QUERIES);
+            pack(still + g * LANES, LANES, e.nope / 2, to + g * LANES, QUERIES);
+            pack(turning + g * LANES, LANES, e.rope / 2, to + e.nope / 2 * QUERIES + g * LANES, QUERIES);
         }
-        const Reading reading = {{{mine.queries, keys + a.n * room_for(e.keys) * size, size, size}, {}}, a.limits,
-                                 e.mask ? e.mask + a.b * e.mask_row : nullptr, e.scale, mine.scores, mine.weights};
-        attend<GROUPS>(reading, 0, a.keys, Values::KEYS, s, [&](i64 first, i64 count, const __m512 (&shrink)[GROUPS], Ahead&) {
-            held.add(values + a.n * held.size(), first, count, mine.weights, shrink, s.read);
-        }, [](i64) { return Ahead(); });
-        return s;
+    }
+    void answer(const Asked& a, i64 which, i64 begin, i64 end) {
+        const Mine& mine = benches[omp_get_thread_num()];
+        const bf16 *key = keys + a.n * room_for(e.keys) * size, *value = values + a.n * held.size();
+        const Reading reading = {{{mine.queries[which], key, size, size}, {}}, a.limits, e.mask ? e.mask + a.b * e.mask_row : nullptr, e.scale,
+                                 mine.scores, mine.weights};
+        attend<GROUPS>(reading, begin, end, KEYS, mine.sums[which],
+                       [&](i64 first, i64 count, const __m512 (&shrink)[GROUPS], Ahead&) { held.add(value, first, count, mine.weights, shrink, mine.sums[which].read); },
+                       [&](i64 k) {  // the first of the blocks brings keys and values nearer
+                           const i64 some = std::clamp<i64>(a.keys - k, 0, which ? 0 : KEYS);
+                           return Ahead(key + k * size, some * size * sizeof *key, value + k * held.row, some * held.row * sizeof *value);
+                       });
     }
 };
 #else
@@ -171,9 +194,10 @@ struct Copied {
     const i64 columns = (e.v + LANES - 1) / LANES * LANES, key_row = paired_size(size);
     const i64 value_row = paired_size(KEYS), value_block = columns * value_row, blocks = (e.keys + KEYS - 1) / KEYS;
     uint32_t *keys, *values;  // rows of pairs: (heads, keys) and (heads, blocks of keys, columns), as they will be read
-    struct Mine { bf16* rows; float* scores; Panel queries, weights; Sums sums; } benches[MAX_THREADS];
+    struct Mine { bf16* rows; float* scores; Panel queries[BLOCKS], weights; Sums sums[BLOCKS]; } benches[MAX_THREADS];
 
     i64 bytes() const { return (e.keys * key_row + blocks * value_block) * sizeof(uint32_t); }  // of a head
+    i64 key_bytes() const { return (key_row + value_block / KEYS) * sizeof(uint32_t); }         // and of its values
     void layout(i64 heads, i64 threads) {
         keys = arena.take<uint32_t>(heads * e.keys * key_row);
         values = arena.take<uint32_t>(heads * blocks * value_block);
@@ -181,9 +205,9 @@ struct Copied {
             Mine& mine = benches[t];
             mine.rows = arena.take<bf16>(QUERIES * size);
             mine.scores = arena.take<float>(KEYS * QUERIES);
-            mine.queries = {arena.take<uint32_t>(size / 2 * PANEL), arena.take<float>(size / STRETCH * PANEL)};
             mine.weights = {arena.take<uint32_t>(KEYS / 2 * PANEL), arena.take<float>(KEYS / STRETCH * PANEL)};
-            mine.sums.layout(QUERIES, columns);
+            for (Panel& queries : mine.queries) queries = {arena.take<uint32_t>(size / 2 * PANEL), arena.take<float>(size / STRETCH * PANEL)};
+            for (Sums& sums : mine.sums) sums.layout(QUERIES, columns);
         }
     }
     void copy(i64 b, i64 h, i64 n) {
@@ -202,21 +226,24 @@ struct Copied {
             }
         }
     }
-    const Sums& answer(const Asked& a) {
+    void ask(const Asked& a, i64 which) {
         const Mine& mine = benches[omp_get_thread_num()];
-        const Sums& s = mine.sums;
+        const Panel& to = mine.queries[which];
         for (i64 i = 0; i < QUERIES; i++)
             join(mine.rows + i * size, size, e.query + place(e.query_at, a.b, a.tokens[i], a.h), e.nope,
                  e.turned + place(e.turned_at, a.b, a.tokens[i], a.h), e.rope);
-        fill(mine.queries, {mine.rows, nullptr}, 0, QUERIES, 0, size, size, 0);
-        for (i64 i = 0; i < size / STRETCH * PANEL; i++) mine.queries.scales[i] *= e.scale;
-        memset(s.read, 0, s.read_size * sizeof(float));
-        for (int q = 0; q < QUERIES; q++) { s.best[q] = -INFINITY; s.total[q] = 0; }
-        const uint32_t *key = keys + a.n * e.keys * key_row, *value = values + a.n * blocks * value_block;
-        for (i64 block = 0; block < a.keys; block += KEYS, key += KEYS * key_row, value += value_block) {
-            const i64 there = std::min<i64>(a.keys - block, KEYS), stretches = (there + STRETCH - 1) / STRETCH;
-            if (block + KEYS < a.keys) coming = {key + KEYS * key_row, KEYS * key_row * (i64)sizeof *key, value + value_block, value_block * (i64)sizeof *value};
-            meet(mine.queries, 1, key, (const float*)key + size / 2, there, key_row, size / STRETCH, mine.scores, true, PANEL, KEYS * key_row / 16);
+        fill(to, {mine.rows, nullptr}, 0, QUERIES, 0, size, size, 0);
+        for (i64 i = 0; i < size / STRETCH * PANEL; i++) to.scales[i] *= e.scale * LOG2_E;
+    }
+    void answer(const Asked& a, i64 which, i64 begin, i64 end) {
+        const Mine& mine = benches[omp_get_thread_num()];
+        const Sums& s = mine.sums[which];
+        const uint32_t *key = keys + (a.n * e.keys + begin) * key_row, *value = values + (a.n * blocks + begin / KEYS) * value_block;
+        for (i64 block = begin; block < end; block += KEYS, key += KEYS * key_row, value += value_block) {
+            const i64 there = std::min<i64>(end - block, KEYS), stretches = (there + STRETCH - 1) / STRETCH;
+            // The first of the blocks brings keys and values nearer.
+            if (block + KEYS < a.keys && !which) coming = {key + KEYS * key_row, KEYS * key_row * (i64)sizeof *key, value + value_block, value_block * (i64)sizeof *value};
+            meet(mine.queries[which], 1, key, (const float*)key + size / 2, there, key_row, size / STRETCH, mine.scores, true, PANEL, KEYS * key_row / 16);
             hide(a, block, there, stretches * STRETCH, mine.scores);
             for (int at = 0; at < QUERIES; at += LANES) {
                 __m512 factor[KEYS / STRETCH];
@@ -234,7 +261,6 @@ struct Copied {
             }
             meet(mine.weights, 1, value, (const float*)value + KEYS / 2, columns, value_row, stretches, s.read, false, PANEL, value_block / 16);
         }
-        return s;
     }
     // Scores of keys that are not there, or that a query must not see, to the lowest there is.
     void hide(const Asked& a, i64 block, i64 there, i64 end, float* scores) const {
@@ -257,38 +283,44 @@ extern "C" void kimi_prefill(const Expanded* given, i64 threads) {
     Copied copied = {e};
     const i64 heads = e.batch * e.heads, some_heads = std::clamp<i64>(HELD / copied.bytes(), 1, heads);
     arena.layout([&] { copied.layout(some_heads, threads); });
-    const i64 blocks = (e.queries + QUERIES - 1) / QUERIES;
+    const i64 blocks = (e.queries + QUERIES - 1) / QUERIES, together = std::clamp<i64>(blocks * some_heads / (4 * threads), 1, BLOCKS);
+    const i64 units = (blocks + together - 1) / together, near = std::max<i64>(NEAR / copied.key_bytes() / Copied::KEYS, 1) * Copied::KEYS;
+    const auto write = [&](const Asked& a, const Sums& s) {
+        for (i64 d = 0; d < e.v; d += LANES) {
+            const __mmask16 there = first16(e.v - d);
+            for (int g = 0; g < GROUPS; g++) {
+                const __m512 sum = _mm512_loadu_ps(s.total + g * LANES);
+                const __m512 factor = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NLE_UQ), _mm512_set1_ps(1), sum);
+                __m512 column[LANES], row[LANES];
+                for (int c = 0; c < LANES; c++)
+                    column[c] = _mm512_mul_ps(_mm512_loadu_ps(s.read + (d + c) * QUERIES + g * LANES), factor);
+                rows_of(column, 1, row);
+                for (i64 i = g * LANES; i < std::min<i64>(a.some, (g + 1) * LANES); i++)
+                    _mm256_mask_storeu_epi16(e.out + place(e.out_at, a.b, a.q + i, a.h) + d, there, narrow16(row[i - g * LANES]));
+            }
+        }
+    };
     #pragma omp parallel num_threads(threads)
     for (i64 start = 0; start < heads; start += some_heads) {
         const Tiles tiles;
         const i64 held = std::min(some_heads, heads - start);
+        const Sums* sums = copied.benches[omp_get_thread_num()].sums;
         for (i64 n = 0; n < held; n++) copied.copy((start + n) / e.heads, (start + n) % e.heads, n);
         #pragma omp barrier
         #pragma omp for schedule(dynamic, 1)
-        for (i64 unit = 0; unit < blocks * held; unit++) {
-            const i64 n = unit % held;
-            // The longest first: the last queries see the most keys.
-            Asked a = {n, (start + n) / e.heads, (start + n) % e.heads, (blocks - 1 - unit / held) * QUERIES};
-            const i64 some = std::min<i64>(e.queries - a.q, QUERIES);
-            for (i64 i = 0; i < QUERIES; i++) {
-                a.tokens[i] = a.q + std::min(i, some - 1);
-                a.limits[i] = e.first + a.tokens[i] + 1;
+        for (i64 unit = 0; unit < units * held; unit++) {
+            const i64 n = unit / units, end = blocks - unit % units * together;  // of a head the longest first: the last queries see the most keys
+            std::vector<Asked> asked;
+            for (i64 block = end; block-- > std::max<i64>(end - together, 0);) asked.emplace_back(e, n, (start + n) / e.heads, (start + n) % e.heads, block * QUERIES);
+            const i64 count = asked.size();
+            for (i64 i = 0; i < count; i++) {
+                copied.ask(asked[i], i);
+                sums[i].clear();
             }
-            a.keys = std::min<i64>(a.limits[some - 1], e.keys);
-            const Sums& s = copied.answer(a);
-            for (i64 d = 0; d < e.v; d += LANES) {
-                const __mmask16 there = first16(e.v - d);
-                for (int g = 0; g < GROUPS; g++) {
-                    const __m512 sum = _mm512_loadu_ps(s.total + g * LANES);
-                    const __m512 factor = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NLE_UQ), _mm512_set1_ps(1), sum);
-                    __m512 column[LANES], row[LANES];
-                    for (int c = 0; c < LANES; c++)
-                        column[c] = _mm512_mul_ps(_mm512_loadu_ps(s.read + (d + c) * QUERIES + g * LANES), factor);
-                    rows_of(column, 1, row);
-                    for (i64 i = g * LANES; i < std::min<i64>(some, (g + 1) * LANES); i++)
-                        _mm256_mask_storeu_epi16(e.out + place(e.out_at, a.b, a.q + i, a.h) + d, there, narrow16(row[i - g * LANES]));
-                }
-            }
+            for (i64 k = 0; k < asked[0].keys; k += near)
+                for (i64 i = 0; i < count; i++)
+                    if (k < asked[i].keys) copied.answer(asked[i], i, k, std::min(k + near, asked[i].keys));
+            for (i64 i = 0; i < count; i++) write(asked[i], sums[i]);
         }
     }
 }

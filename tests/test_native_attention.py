@@ -52,6 +52,23 @@ def test_attention_over_expanded_keys(queries, past, batch, padded):
 
 @pytest.mark.once
 @pytest.mark.usefixtures("each_kind")
+@pytest.mark.parametrize("padded", [False, True])
+def test_queries_that_meet_keys_together_are_what_they_are_alone(padded):
+    """Keys so wide that those which blocks of queries meet one after the other are a few of them."""
+    torch.manual_seed(0)
+    queries, past = 200, 150
+    key, value = torch.randn(1, past + queries, 3, 376).bfloat16() / 8, torch.randn(1, past + queries, 3, 384).bfloat16()
+    query, turned, rotary, mask, seen, want = attention_case(queries, past, 1, padded, key, value)
+    got = attention(query, turned, key, rotary, value, past, mask, 0.3)
+    assert error(got[seen], want[seen]) < 0.01
+    for first in range(0, queries, 32):
+        some = slice(first, first + 32)
+        alone = attention(query[:, some], turned[:, some], key, rotary, value, past + first, mask, 0.3)
+        assert torch.equal(alone, got[:, some])
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("each_kind")
 @pytest.mark.parametrize("queries, past, batch", [*QUERIES, (2, 700, 1)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_over_latents(queries, past, batch, padded):
