@@ -159,14 +159,16 @@ INLINE __m256i add_bytes(__m256i sum, __m256i a, __m256i b) {  // a's are from 0
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
 }
 INLINE __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) { return {add_bytes(sum.low, a.low, b.low), add_bytes(sum.high, a.high, b.high)}; }
-INLINE __m512 _mm512_reduce_ps(__m512 a, int) { return {_mm256_sub_ps(a.low, _mm256_floor_ps(a.low)), _mm256_sub_ps(a.high, _mm256_floor_ps(a.high))}; }  // towards -inf
+INLINE __m256 whole(__m256 a) { return _mm256_floor_ps(_mm256_min_ps(_mm256_set1_ps(254), a)); }  // as far as a float can be two to it; NaN stays
+INLINE __m256 rest(__m256 a) { return _mm256_sub_ps(_mm256_min_ps(_mm256_set1_ps(254), a), whole(a)); }
+INLINE __m512 _mm512_reduce_ps(__m512 a, int) { return {rest(a.low), rest(a.high)}; }  // towards -inf
 INLINE __m512 _mm512_mul_round_ps(__m512 a, __m512 b, int) {
     __m512 product = _mm512_mul_ps(a, b);
     asm("" : "+x"(product.low), "+x"(product.high));  // or what is added would be fused with it
     return product;
 }
 INLINE __m256 power(__m256 a, __m256 x) {  // a times 2^n for the whole part of x: in two steps, as one alone may be out of range
-    const __m256i n = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_floor_ps(x), _mm256_set1_ps(254))), half = _mm256_srai_epi32(n, 1);
+    const __m256i n = _mm256_cvtps_epi32(whole(x)), half = _mm256_srai_epi32(n, 1);
     const auto as_float = [](__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); };
     return _mm256_mul_ps(_mm256_mul_ps(a, as_float(half)), as_float(_mm256_sub_epi32(n, half)));
 }

@@ -21,6 +21,7 @@ from .native_kimi_k26 import (
     Step,
     addresses,
     few_rows,
+    finish,
     i64,
     is_plain,
     knows_group,
@@ -411,11 +412,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
     return out.unflatten(0, x.shape[:-1])
 
 
-def apply_linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`module(x)`, by [`linear`] where the module is a plain linear layer."""
-    if HAS_FAST_PRODUCTS or not serves(x) or not _reads_plainly(module):
-        return module(x)
-    return linear(x, module.weight, module.bias)
+def apply_linear(module: nn.Module, x: torch.Tensor, gelu: bool = False, residual: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """`module(x)`, by [`linear`] where the module is a plain linear layer; its GELU, as the hyperbolic tangent approximates it; a
+    `residual` added to that."""
+    plain = serves(x) and _reads_plainly(module)
+    if plain and (gelu or residual is not None) and (residual is None or (residual.is_contiguous() and residual.dtype == x.dtype)):
+        return finish(linear(x, module.weight), module.bias, gelu, residual)
+    out = linear(x, module.weight, module.bias) if plain and not HAS_FAST_PRODUCTS else module(x)
+    if gelu:
+        out = F.gelu(out, approximate="tanh")
+    return out if residual is None else residual + out
 
 
 @torch.compiler.assume_constant_result
@@ -428,6 +434,7 @@ def _reads_plainly(linear: nn.Module) -> bool:
         and linear.weight.dtype == torch.bfloat16
         and linear.weight.is_contiguous()
         and linear.weight.device.type == "cpu"
+        and (linear.bias is None or (linear.bias.dtype == torch.bfloat16 and linear.bias.is_contiguous()))
         and library() is not None
     )
 

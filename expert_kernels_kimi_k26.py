@@ -417,6 +417,26 @@ extern "C" void kimi_many_rows(const bf16* w, const bf16* bias, i64 outputs, i64
     }
 }
 
+// In place of x what a linear layer's products become: x + bias, or the GELU of that, as the hyperbolic tangent approximates it, and the
+// residual added. Rounded once. y (1 + tanh(u)) / 2 = y / (1 + e^(-2u)), u = sqrt(2 / pi) (y + 0.044715 y^3).
+extern "C" void kimi_finish(bf16* x, const bf16* bias, i64 gelu, const bf16* residual, i64 rows, i64 size, i64 threads) {
+    const __m512 one = _mm512_set1_ps(1), factor = _mm512_set1_ps(-2 * 0.79788456f * LOG2_E), cubic = _mm512_set1_ps(0.044715f);
+    #pragma omp parallel num_threads(threads)
+    for (Share s(rows); s.begin < s.end; s.begin++)
+        for (i64 i = 0; i < size; i += LANES) {
+            const __mmask16 there = first16(size - i);
+            bf16* at = x + s.begin * size + i;
+            __m512 y = wide16(at, there);
+            if (bias) y = _mm512_add_ps(y, wide16(bias + i, there));
+            if (gelu) {
+                const __m512 u = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(y, y), y), cubic, y);
+                y = _mm512_div_ps(y, _mm512_add_ps(one, two_to(_mm512_mul_ps(u, factor))));
+            }
+            if (residual) y = _mm512_add_ps(y, wide16(residual + s.begin * size + i, there));
+            narrow16(at, y, there);
+        }
+}
+
 extern "C" void kimi_norm(const bf16* x, const bf16* weight, bf16* out, i64 rows, i64 size, float eps, i64 threads) {
     #pragma omp parallel num_threads(threads)
     for (Share s(rows); s.begin < s.end; s.begin++) rms_norm(x + s.begin * size, weight, out + s.begin * size, size, eps);

@@ -137,7 +137,7 @@ def load(source: str):
     kernels = compiled("kernels", source, NEEDED, parallel=True, depends=torch.__version__)
     if kernels is None:
         return None
-    for function in ("attention", "read", "prefill", "route", "experts", "many_experts", "dense", "linear", "many_rows", "dequantize", "norm", "rotate", "torch", "graph", "no_graph", "unready"):
+    for function in ("attention", "read", "prefill", "route", "experts", "many_experts", "dense", "linear", "many_rows", "finish", "dequantize", "norm", "rotate", "torch", "graph", "no_graph", "unready"):
         getattr(kernels, f"kimi_{function}").restype = None
     kernels.kimi_decode.restype = kernels.kimi_ready.restype = i64
     return kernels
@@ -164,6 +164,15 @@ def many_rows(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor
     given = (*addresses(weight), None if bias is None else address(bias.data_ptr()), *(i64(size) for size in (*weight.shape, x.shape[0])))
     library().kimi_many_rows(*given, *addresses(x, out), i64(torch.get_num_threads()))
     return out
+
+
+def finish(x: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool, residual: Optional[torch.Tensor]) -> torch.Tensor:
+    """What the products of a linear layer, `x` `(…, outputs)`, become, in their place: `bias` `(outputs,)` is added, of that comes
+    the GELU, as the hyperbolic tangent approximates it, `residual`, like `x`, is added. Rounded once; bfloat16 on the CPU, contiguous."""
+    size = x.shape[-1]
+    bias, residual = (None if each is None else address(each.data_ptr()) for each in (bias, residual))
+    library().kimi_finish(*addresses(x), bias, i64(gelu), residual, *map(i64, (x.numel() // size, size, torch.get_num_threads())))
+    return x
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -98,7 +98,7 @@ class KimiK26VisionMLP(nn.Module):
         self.fc1 = nn.Linear(config.vt_intermediate_size, config.vt_hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return apply_linear(self.fc1, F.gelu(apply_linear(self.fc0, x), approximate="tanh"))
+        return apply_linear(self.fc1, apply_linear(self.fc0, x, gelu=True))
 
 
 class KimiK26VisionBlock(GradientCheckpointingLayer):
@@ -128,7 +128,7 @@ class KimiK26VisionBlock(GradientCheckpointingLayer):
         return rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin), value  # (rows, heads, head_dim)
 
     def after_attention(self, x, out):
-        x = x + apply_linear(self.wo, out)
+        x = apply_linear(self.wo, out, residual=x)
         return (x + self.mlp(self.norm1(x)),)
 
     def attention(self, query, key, value, lengths):

@@ -8,7 +8,7 @@ import torch
 from kimi_k26 import attention_kimi_k26, decoding_kimi_k26, native_kimi_k26
 from kimi_k26.attention_kimi_k26 import rotate_pairs
 from kimi_k26.experts_kimi_k26 import Routing
-from kimi_k26.native_kimi_k26 import attention, dequantize, few_rows, many_rows
+from kimi_k26.native_kimi_k26 import attention, dequantize, few_rows, finish, many_rows
 from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
 
 from .native_models import KINDS, SHAPES, each_kind, error, inputs, make, needs_kernels, one_step, use_kernels  # noqa: F401: a fixture
@@ -89,6 +89,41 @@ def test_many_rows(rows, outputs, inputs_, bias):
     x, weight, added = x.bfloat16(), weight.bfloat16(), torch.randn(outputs).bfloat16() if bias else None
     want = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
     assert error(many_rows(x, weight, added), want) < 1.1 * error(want.bfloat16(), want) + 1e-4
+
+
+@pytest.mark.usefixtures("each_kind")
+@pytest.mark.parametrize("size", [16, 70])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_products_become(size, biased):
+    """To half a unit in the last place: of what is not rounded before."""
+    torch.manual_seed(0)
+    x, residual = torch.randn(9, size) * torch.randn(9, size).exp() * 3, torch.randn(9, size).bfloat16()
+    x[0, :6] = torch.tensor([0.0, -0.0, 1e30, -1e30, 80.0, -80.0])
+    x, bias = x.bfloat16(), torch.randn(size).bfloat16() if biased else None
+    plain = x.double() if bias is None else x.double() + bias.double()
+    gelu = torch.nn.functional.gelu(plain, approximate="tanh")
+    for wanted, given in ((gelu, (True, None)), (plain + residual.double(), (False, residual)), (gelu + residual.double(), (True, residual))):
+        torch.testing.assert_close(finish(x.clone(), bias, *given).double(), wanted, rtol=2**-8, atol=1e-5)
+    x[4, 7], x[5, 8] = float("nan"), float("inf")
+    broken = ~finish(x.clone(), bias, True, residual).isfinite()
+    assert broken.nonzero().tolist() == [[4, 7], [5, 8]]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_and_what_comes_of_it(bias):
+    torch.manual_seed(0)
+    module, x, residual = torch.nn.Linear(96, 70, bias=bias).bfloat16(), torch.randn(2, 30, 96).bfloat16(), torch.randn(2, 30, 70).bfloat16()
+    wanted = torch.nn.functional.gelu(module(x), approximate="tanh") + residual
+    apply_linear = decoding_kimi_k26.apply_linear
+    assert torch.equal(apply_linear(module, x, gelu=True, residual=residual), wanted)  # with gradients it is PyTorch's
+    before = residual.clone()
+    turned = residual.transpose(0, 1).contiguous().transpose(0, 1)  # not as the kernel reads it
+    with torch.no_grad():
+        for given in (residual, turned, residual.float()):
+            assert error(apply_linear(module, x, gelu=True, residual=given), wanted) < 0.01
+        assert torch.equal(residual, before)
+        module.register_forward_hook(lambda _, inputs_, out: out * 0)
+        assert torch.equal(apply_linear(module, x, residual=residual), residual)
 
 
 @pytest.mark.usefixtures("each_kind")
