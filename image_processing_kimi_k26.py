@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -21,7 +20,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .media_kimi_k26 import MediaError, MediaLimits, is_array, load_image
-from .scaling_kimi_k26 import Picture, cut, scaled_strips
+from .scaling_kimi_k26 import Picture, cut, fill_patches, parts_for, scaled
 from .video_kimi_k26 import read_video
 
 # Not used here: see the same lines in `processing_kimi_k26`.
@@ -90,39 +89,24 @@ def write_patches(
 ) -> None:
     """Scales, pads, normalises and cuts one RGB picture into `out`, float32 (rows x columns, 3, patch, patch).
 
-    Equal to `(x / 255 - mean) / std` to 1e-6, with zero pixels padded before it. The work is cut into `parts`, which
-    `run` may do at once, as the `map` of a pool of threads does; the result is the same to the last bit.
+    That is `(x / 255 - mean) / std`, rounded once, with zero pixels padded before it. The work is cut into `parts` at least,
+    which `run` may do at once, as the `map` of a pool of threads does; the result is the same to the last bit.
     """
     ordered = out.numpy().reshape(target.rows, target.columns, 3, patch, patch)
-    pieces = cut(-(-target.width // patch), parts)
-    edges = [(left * patch, min(right * patch, target.width)) for left, right in pieces]
-    pieces[-1] = (pieces[-1][0], target.columns)  # what is only padding goes with the last
-    strips = scaled_strips(picture, edges, target.height, run)
-    fill = partial(fill_patches, mean=mean, std=std)
-    list(run(fill, strips, [ordered[:, left:right] for left, right in pieces]))
+    table = np.stack([(np.arange(256) / 255 - m) / s for m, s in zip(mean, std)]).astype(np.float32)
+    pixels = scaled(picture, target.width, target.height, parts, run)
+    bands = cut(target.rows, parts_for(target.width, target.height, parts))
+
+    def fill(band: tuple[int, int]) -> None:
+        top, bottom = (min(row * patch, target.height) for row in band)
+        fill_patches(pixels(top, bottom), table, ordered[slice(*band)])
+
+    list(run(fill, bands))
 
 
 def new_patches(count: int, patch: int) -> torch.Tensor:
     """Room for `count` patches, float32. NumPy asks for large pages: PyTorch's memory takes longer to come than to fill."""
     return torch.from_numpy(np.empty((count, 3, patch, patch), np.float32))
-
-
-def fill_patches(pixels: np.ndarray, ordered: np.ndarray, mean: list[float], std: list[float]) -> None:
-    """Normalises `pixels`, uint8 (height, width, 3), into the patches `ordered`, float32 (rows, columns, 3, patch, patch),
-    a row of patches at a time: it stays in the cache between the three steps."""
-    width, (rows, columns, _, patch, _) = pixels.shape[1], ordered.shape
-    scale = np.tile(np.array([1.0 / (255.0 * s) for s in std], np.float32), (width, 1))
-    shift = np.tile(np.array([m / s for m, s in zip(mean, std)], np.float32), (columns * patch, 1))
-    band = np.empty((patch, columns * patch, 3), np.float32)
-    band[:] = -shift  # padding
-    for row in range(rows):
-        part = pixels[row * patch : (row + 1) * patch]
-        filled = band[: len(part), :width]
-        np.multiply(part, scale, out=filled, dtype=np.float32)
-        filled -= shift[:width]
-        band[len(part) :] = -shift
-        # (y, column, x, channel) -> (column, channel, y, x)
-        ordered[row] = band.reshape(patch, columns, patch, 3).transpose(1, 3, 0, 2)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------

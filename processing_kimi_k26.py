@@ -36,7 +36,7 @@ from .tokenization_kimi import TikTokenTokenizer
 # these import in turn; so all of them are named here.
 from .compiling_kimi_k26 import compiled  # noqa: F401
 from .media_kimi_k26 import MediaError  # noqa: F401
-from .scaling_kimi_k26 import scaled_strips  # noqa: F401
+from .scaling_kimi_k26 import scaled  # noqa: F401
 from .token_bytes_kimi import TokenBytes  # noqa: F401
 from .tool_declaration_kimi import tool_schemas  # noqa: F401
 from .video_kimi_k26 import read_video  # noqa: F401

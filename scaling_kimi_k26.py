@@ -1,4 +1,4 @@
-"""Scaling of RGB pictures: Pillow's bicubic filter, to the last bit and several times as fast.
+"""Scaling of RGB pictures: Pillow's bicubic filter, to the last bit and several times as fast; and patches of their pixels.
 
 Pillow (src/libImaging/Resample.c) weighs the pixels under the filter with integers of 22 bits behind the point, first
 along the rows, then, from what that gave rounded to bytes, along the columns. The same sums are made here for sixteen
@@ -18,6 +18,8 @@ from .compiling_kimi_k26 import address, compiled, i64
 
 
 Picture = Union[Image.Image, np.ndarray]  # in mode RGB; or uint8 (height, width, 3), every row contiguous
+Rows = Callable[[int, int], np.ndarray]  # of a picture, from the first on and before the second: uint8 (rows, width, 3), each contiguous
+BAND = 2**20  # bytes of a picture, as Pillow holds it, that are worked on at a time
 
 
 SOURCE = r"""
@@ -138,18 +140,18 @@ extern "C" int kimi_scale_rows(const u8* in, i64 in_row, i64 rows, i64 width, u8
     return 0;
 }
 
-// `in`, its rows of `width` bytes `in_row` apart -> `out` (new_height, width), its rows `out_row` apart.
-extern "C" void kimi_scale_columns(const u8* in, i64 in_row, i64 width, u8* out, i64 out_row, i64 new_height, Taps taps) {
-    for (i64 y = 0; y < new_height; y++) {
-        const u8* from = in + taps.first[y] * in_row;
+// `in`, rows of `width` bytes -> `out` (rows, width).
+extern "C" void kimi_scale_columns(const u8* in, i64 width, u8* out, i64 rows, Taps taps) {
+    for (i64 y = 0; y < rows; y++) {
+        const u8* from = in + taps.first[y] * width;
         const i32* weight = taps.weight + y * taps.most;
-        u8* to = out + y * out_row;
+        u8* to = out + y * width;
         const ints half = ints{} + (1 << (BITS - 1));
         i64 at = 0;
         for (; at + 64 <= width; at += 64) {
             ints a = half, b = half, c = half, d = half;
             for (i32 k = 0; k < taps.count[y]; k++) {
-                const u8* row = from + k * in_row + at;
+                const u8* row = from + k * width + at;
                 a += wide(load(row)) * weight[k];
                 b += wide(load(row + 16)) * weight[k];
                 c += wide(load(row + 32)) * weight[k];
@@ -160,10 +162,28 @@ extern "C" void kimi_scale_columns(const u8* in, i64 in_row, i64 width, u8* out,
         }
         for (; at < width; at += 16) {
             ints sum = half;
-            for (i32 k = 0; k < taps.count[y]; k++) sum += wide(load(from + k * in_row + at, width - at)) * weight[k];
+            for (i32 k = 0; k < taps.count[y]; k++) sum += wide(load(from + k * width + at, width - at)) * weight[k];
             store(to + at, rounded(sum), width - at);
         }
     }
+}
+
+// `in` (height, width, 3), its rows `in_row` bytes apart -> `out` (rows, columns, 3, side, side): of each colour what `table` (3, 256)
+// has for a pixel, and for none what it has for 0.
+extern "C" void kimi_fill_patches(const u8* in, i64 in_row, i64 height, i64 width, const float* table, float* out, i64 rows, i64 columns, i64 side) {
+    for (i64 row = 0; row < rows; row++)
+        for (i64 column = 0; column < columns; column++) {
+            const i64 left = width - column * side, there = left < 0 ? 0 : left < side ? left : side;
+            for (i64 colour = 0; colour < 3; colour++) {
+                const float* value = table + 256 * colour;
+                for (i64 y = row * side; y < (row + 1) * side; y++, out += side) {
+                    const u8* from = in + y * in_row + column * side * 3 + colour;
+                    const i64 some = y < height ? there : 0;
+                    for (i64 x = 0; x < some; x++) out[x] = value[from[3 * x]];
+                    for (i64 x = some; x < side; x++) out[x] = value[0];
+                }
+            }
+        }
 }
 """
 
@@ -171,6 +191,10 @@ class Taps(ctypes.Structure):
     """`Taps` of the source."""
 
     _fields_ = [("first", address), ("count", address), ("weight", address), ("most", i64)]
+
+    def after(self, pixels: int) -> "Taps":
+        """Those of all pixels of the result but the first ones; they stay as long as all do."""
+        return Taps(self.first + 4 * pixels, self.count + 4 * pixels, self.weight + 4 * pixels * self.most, self.most)
 
 
 @functools.cache
@@ -216,36 +240,44 @@ def size_of(picture: Picture) -> tuple[int, int]:
     return picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
 
 
-def scaled_strips(picture: Picture, edges: list[tuple[int, int]], height: int, run: Callable = map) -> list[np.ndarray]:
-    """Strips of columns, from `left` to `right` of each of `edges`, of a picture scaled to `height` and the last edge:
-    uint8 (height, right - left, 3). `run` may make them at once, as the `map` of a pool of threads does.
+def parts_for(width: int, height: int, parts: int) -> int:
+    """In how many bands of rows a picture is worked on, for so many `parts` at least: what one takes stays in the caches, and is memory
+    that the one before has just given back."""
+    return max(parts, 4 * width * height // BAND)
 
-    Bands of rows, then strips of columns, give the pixels of the whole. Where much more is lost in height than in
-    width, newer versions of Pillow begin with the columns, and then Pillow itself is asked.
+
+def rows_of(picture: Picture) -> Rows:
+    """The pixels of a picture, by bands of rows."""
+    if isinstance(picture, np.ndarray):
+        return lambda top, bottom: picture[top:bottom]
+    return lambda top, bottom: np.asarray(picture.crop((0, top, picture.width, bottom)))
+
+
+def scaled(picture: Picture, width: int, height: int, parts: int = 1, run: Callable = map) -> Rows:
+    """The pixels of a picture scaled to `width` and `height`, by bands of rows, which are the same however it is cut.
+
+    The work that all bands wait for is cut into `parts` at least, which `run` may do at once, as the `map` of a pool of threads
+    does. Where much more is lost in height than in width, newer versions of Pillow begin with the columns, and then Pillow
+    itself is asked.
     """
-    width, (old_width, old_height) = edges[-1][1], size_of(picture)
-    same = (old_width, old_height) == (width, height)
-    if same or old_height - height > 2 * (old_width - width) or library() is None:
+    old_width, old_height = size_of(picture)
+    if (old_width, old_height) == (width, height):
+        return rows_of(picture)
+    if old_height - height > 2 * (old_width - width) or library() is None:
         if isinstance(picture, np.ndarray):
-            picture = picture if same else Image.fromarray(picture)
-        pixels = np.asarray(picture if same else picture.resize((width, height), Image.Resampling.BICUBIC))
-        return [pixels[:, left:right] for left, right in edges]
+            picture = Image.fromarray(picture)
+        return rows_of(picture.resize((width, height), Image.Resampling.BICUBIC))
 
-    middle = np.empty((old_height, width, 3), np.uint8)
+    given, middle = rows_of(picture), np.empty((old_height, width, 3), np.uint8)
+    bands = cut(old_height, parts_for(old_width, old_height, parts))
+    list(run(lambda band: scale_rows(given(*band), middle[slice(*band)]), bands))
 
-    def along_rows(band: tuple[int, int]) -> None:
-        if isinstance(picture, np.ndarray):
-            scale_rows(picture[slice(*band)], middle[slice(*band)])
-        else:
-            scale_rows(np.asarray(picture.crop((0, band[0], old_width, band[1]))), middle[slice(*band)])
+    def rows(top: int, bottom: int) -> np.ndarray:
+        band = np.empty((bottom - top, width, 3), np.uint8)
+        scale_columns(middle, height, top, band)
+        return band
 
-    def along_columns(edge: tuple[int, int]) -> np.ndarray:
-        strip = np.empty((height, edge[1] - edge[0], 3), np.uint8)
-        scale_columns(middle[:, slice(*edge)], strip)
-        return strip
-
-    list(run(along_rows, cut(old_height, len(edges))))
-    return list(run(along_columns, edges))
+    return rows
 
 
 def scale_rows(pixels: np.ndarray, out: np.ndarray) -> None:
@@ -256,9 +288,23 @@ def scale_rows(pixels: np.ndarray, out: np.ndarray) -> None:
         raise MemoryError(f"no memory to scale a picture of {width}x{height} pixels")
 
 
-def scale_columns(pixels: np.ndarray, out: np.ndarray) -> None:
-    """uint8 (height, width, 3), each row contiguous -> `out` (new height, width, 3), each row contiguous."""
-    (height, width), new_height = pixels.shape[:2], out.shape[0]
-    given = address(pixels.ctypes.data), i64(pixels.strides[0]), i64(3 * width)
-    made = address(out.ctypes.data), i64(out.strides[0]), i64(new_height)
-    library().kimi_scale_columns(*given, *made, taps(height, new_height))
+def scale_columns(pixels: np.ndarray, new_height: int, top: int, out: np.ndarray) -> None:
+    """uint8 (height, width, 3), contiguous -> `out` (rows, width, 3), contiguous: of the new height the rows from `top` on."""
+    (height, width), found = pixels.shape[:2], taps(pixels.shape[0], new_height)
+    given = address(pixels.ctypes.data), i64(3 * width)
+    library().kimi_scale_columns(*given, address(out.ctypes.data), i64(len(out)), found.after(top))
+
+
+def fill_patches(pixels: np.ndarray, table: np.ndarray, patches: np.ndarray) -> None:
+    """Values of `table`, float32 (3, 256), for `pixels`, uint8 (height, width, 3), each row contiguous, and for 0 where there is
+    none -> `patches`, float32 (rows, columns, 3, side, side), contiguous."""
+    (height, width), (rows, columns, _, side, _) = pixels.shape[:2], patches.shape
+    if library() is None:
+        padded = np.zeros((rows * side, columns * side, 3), np.uint8)
+        padded[:height, :width] = pixels
+        cut = padded.reshape(rows, side, columns, side, 3).transpose(4, 0, 2, 1, 3)
+        for colour in range(3):
+            patches[:, :, colour] = table[colour][cut[colour]]
+        return
+    given = address(pixels.ctypes.data), *map(i64, (pixels.strides[0], height, width)), address(table.ctypes.data)
+    library().kimi_fill_patches(*given, address(patches.ctypes.data), *map(i64, (rows, columns, side)))

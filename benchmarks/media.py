@@ -125,7 +125,7 @@ def copying() -> float:
 
 def picture(processor, size: tuple[int, int], rounds: int, threads: int, copied: float) -> list[dict]:
     """Rows of one size of pictures; the limit is the scaling on all threads, and the patches written once."""
-    from kimi_k26.scaling_kimi_k26 import scaled_strips
+    from kimi_k26.scaling_kimi_k26 import scaled
 
     pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
@@ -138,15 +138,15 @@ def picture(processor, size: tuple[int, int], rounds: int, threads: int, copied:
         "numpy": lambda: published(image, config, target),
         "numpy-float32": lambda: published(image, config, target, np.float32),
     }
-    pixels, strips = np.asarray(image), [(0, target.width)]
-    scaling = best(lambda: scaled_strips(pixels, strips, target.height))
+    pixels = np.asarray(image)
+    scaling = best(lambda: scaled(pixels, target.width, target.height)(0, target.height))
     limit = scaling / threads + given.nbytes / copied
     return [row | {"limit": limit, "scaling": scaling} for row in measure(what, calls, rounds)]
 
 
 def video(processor, path: Path, rounds: int, threads: int, copied: float) -> list[dict]:
     """Rows of a video; the limit is the least decoding, and of each frame its scaling on all threads and its patches."""
-    from kimi_k26.scaling_kimi_k26 import scaled_strips
+    from kimi_k26.scaling_kimi_k26 import scaled
     from kimi_k26.video_kimi_k26 import read_video
 
     config, given = processor.media_config(), processor.encode_video(path)
@@ -163,7 +163,7 @@ def video(processor, path: Path, rounds: int, threads: int, copied: float) -> li
                 same(given.pixel_values[number * area : (number + 1) * area], expected, f"frame {indices[number]}")
         if number + 1 != count:
             raise SystemExit(f"{decode.__name__}: {number + 1} of {count} frames: nothing is measured")
-    written, strips = given.pixel_values.nbytes, [(0, target.width)]
+    written = given.pixel_values.nbytes
     del given, expected
     calls = {
         OURS: lambda: processor.encode_video(path),
@@ -173,7 +173,7 @@ def video(processor, path: Path, rounds: int, threads: int, copied: float) -> li
     what = f"video, {opened.total_frames / opened.fps:.3g} s of {opened.width:,} × {opened.height:,}, {count} frames of it"
     rows = measure(what, calls, rounds)
     least = next(row["median"] for row in rows if row["engine"] == "pyav-spare")
-    scaling = best(lambda: scaled_strips(frame, strips, target.height))
+    scaling = best(lambda: scaled(frame, target.width, target.height)(0, target.height))
     limit = least + count * scaling / threads + written / copied
     return [row | {"limit": limit, "scaling": count * scaling} for row in rows]
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from kimi_k26 import compiling_kimi_k26, scaling_kimi_k26
-from kimi_k26.scaling_kimi_k26 import library, scaled_strips
+from kimi_k26.scaling_kimi_k26 import library, scaled
 
 natively = pytest.mark.skipif(library() is None, reason="no compiler, or a processor without AVX2")
 
@@ -24,9 +24,8 @@ def by_pillow(pixels, width, height):
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def scaled(given, width, height):
-    (whole,) = scaled_strips(given, [(0, width)], height)
-    return whole
+def whole(given, width, height):
+    return scaled(given, width, height)(0, height)
 
 
 @natively
@@ -41,20 +40,21 @@ def test_pixels_are_pillows(colours, monkeypatch):
         pixels = picture(width, height, seed, colours)
         given = pixels if seed % 2 else Image.fromarray(pixels)
         expected = by_pillow(pixels, new_width, new_height)
-        assert np.array_equal(scaled(given, new_width, new_height), expected), (width, height, new_width, new_height)
+        assert np.array_equal(whole(given, new_width, new_height), expected), (width, height, new_width, new_height)
     assert len(calls) > 50  # and were not made by Pillow
 
 
 @natively
 @pytest.mark.parametrize("parts", [2, 5])
-def test_strips_and_threads_give_the_whole(parts):
+def test_bands_and_threads_give_the_whole(parts):
     pixels = picture(301, 203)
     expected = by_pillow(pixels, 150, 101)
-    edges = [(150 * k // parts, 150 * (k + 1) // parts) for k in range(parts)]
+    edges = [(101 * k // parts, 101 * (k + 1) // parts) for k in range(parts)]
     with ThreadPoolExecutor(3) as pool:
         for run in (map, pool.map):
             for given in (pixels, Image.fromarray(pixels)):
-                assert np.array_equal(np.concatenate(scaled_strips(given, edges, 101, run), axis=1), expected)
+                rows = scaled(given, 150, 101, parts, run)
+                assert np.array_equal(np.concatenate([rows(*edge) for edge in edges]), expected)
 
 
 @natively
@@ -64,15 +64,15 @@ def test_rows_may_lie_apart_and_upside_down():
     for pixels in (held[:, 5:70], held[::-1], held[::-2, :33]):
         height, width = pixels.shape[:2]
         expected = by_pillow(np.ascontiguousarray(pixels), width - 9, height - 4)
-        assert np.array_equal(scaled(pixels, width - 9, height - 4), expected)
+        assert np.array_equal(whole(pixels, width - 9, height - 4), expected)
 
 
 def test_without_the_kernels_pillow_does_it(monkeypatch):
     monkeypatch.setattr(scaling_kimi_k26, "library", lambda: None)
     pixels = picture(90, 61)
     for given in (pixels, Image.fromarray(pixels)):
-        assert np.array_equal(scaled(given, 40, 30), by_pillow(pixels, 40, 30))
-        assert np.array_equal(scaled(given, 90, 61), pixels)
+        assert np.array_equal(whole(given, 40, 30), by_pillow(pixels, 40, 30))
+        assert np.array_equal(whole(given, 90, 61), pixels)
 
 
 def test_what_cannot_be_compiled_is_none(tmp_path, monkeypatch):
