@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from kimi_k26 import compiling_kimi_k26, scaling_kimi_k26
-from kimi_k26.scaling_kimi_k26 import library, scaled
+from kimi_k26.scaling_kimi_k26 import fill_patches, library, scaled
 
 natively = pytest.mark.skipif(library() is None, reason="no compiler, or a processor without AVX2")
 
@@ -105,3 +105,18 @@ def test_of_several_at_once_one_compiles(tmp_path, monkeypatch):
     with ThreadPoolExecutor(3) as pool:
         assert [each.one() for each in pool.map(lambda _: compiling_kimi_k26.compiled("one", source, set()), range(3))] == [1] * 3
     assert len(counted) == 1
+
+
+def test_patches_with_and_without_the_kernels(monkeypatch):
+    """Pixels that end within a patch or before one; rows that lie apart, or upside down."""
+    table, held = np.random.default_rng(0).random((3, 256), np.float32), picture(61, 47)
+    for pixels in (held, held[:, 9:50], held[::-1], held[:28, :28], held[:0]):
+        patches = np.full((2, 4, 6, 3, 14, 14), np.nan, np.float32)
+        fill_patches(pixels, table, patches[0])
+        with monkeypatch.context() as without:
+            without.setattr(scaling_kimi_k26, "library", lambda: None)
+            fill_patches(pixels, table, patches[1])
+        assert np.array_equal(patches[0], patches[1])
+        whole = np.zeros((56, 84, 3), np.uint8)
+        whole[: len(pixels), : pixels.shape[1]] = pixels
+        assert np.array_equal(patches[0, 2, 3, 1], table[1][whole[28:42, 42:56, 1]])
