@@ -6,6 +6,7 @@ Text goes to tiktoken in pieces as long as it takes, those of a long text at onc
 of all tokens' bytes: nothing here works token by token, except where the caller asks for tokens as strings.
 """
 
+import functools
 import inspect
 import json
 import os
@@ -82,8 +83,6 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         if clash or len(specials) < SPECIAL_ID_COUNT:
             raise ValueError(f"special tokens must differ from each other and from the vocabulary; see {clash or added}")
         self._encoding = tiktoken.Encoding("kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
-        self._tokens = [*map(printable, ranks), *specials]
-        self._token_ids = dict(zip(self._tokens, range(len(self._tokens))))
 
         # The library lists the special tokens twice: here, and by flag in added_tokens_decoder. Version 5 renamed the
         # list; it is kept under the old name, which both read.
@@ -123,13 +122,34 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     @property
     def vocab_size(self) -> int:
         """Ids of the byte pairs and the 256 special ones, without tokens a user added; `len(tokenizer)` counts those."""
-        return len(self._tokens)
+        return self._encoding.n_vocab
+
+    @functools.cached_property
+    def _tokens(self) -> list[str]:
+        """Byte pairs and special tokens as strings. Made when first asked for: that takes a quarter of the time of all loading."""
+        return [*map(printable, self._encoding._mergeable_ranks), *self._encoding._special_tokens]
 
     def get_vocab(self) -> dict[str, int]:
-        return {**self._token_ids, **self._added_tokens_encoder}
+        return {**dict(zip(self._tokens, range(self.vocab_size))), **self._added_tokens_encoder}
+
+    def _own_id(self, token: str) -> int | None:
+        """What `get_vocab` says of a token that no user added, without the whole of it."""
+        index = self._encoding._special_tokens.get(token)
+        if index is None:
+            pair = spelled(token)
+            index = self._encoding._mergeable_ranks.get(pair) if printable(pair) == token else None
+        return index
+
+    def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
+        if new_tokens:
+            return super()._add_tokens(new_tokens, special_tokens)
+        self._update_trie()  # none, as at loading: the library would make the whole vocabulary to look for it
+        self._update_total_vocab_size()
+        return 0
 
     def _update_total_vocab_size(self):
-        super()._update_total_vocab_size()  # the library calls this whenever the added tokens have changed
+        # The library calls this whenever the added tokens have changed.
+        self.total_vocab_size = self.vocab_size + sum(self._own_id(name) is None for name in self._added_tokens_encoder)
         known = self._encoding._special_tokens
         self._late_tokens = {i: t.content for i, t in self._added_tokens_decoder.items() if i >= self.vocab_size}
         self._token_bytes = None
@@ -144,10 +164,11 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         self._added_pattern = longest_first(frozenset(self._added_names)) if own else None
 
     def _convert_token_to_id(self, token: str) -> int:
-        return self._token_ids.get(token, self.unk_token_id)
+        index = self._own_id(token)
+        return self.unk_token_id if index is None else index
 
     def _convert_id_to_token(self, index: int) -> str:
-        if not 0 <= index < len(self._tokens):
+        if not 0 <= index < self.vocab_size:
             raise ValueError(f"token id {index} is outside the vocabulary, 0 to {len(self) - 1}")
         return self._tokens[index]
 
@@ -192,7 +213,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
                 # A token that was cut in two is none, here as elsewhere.
                 for first, last in control.within(start, end) if control and not plain else ():
                     yield self._encoding.encode_ordinary(text[start:first]), start, first
-                    yield [self._token_ids[text[first:last]]], first, last
+                    yield [self._own_id(text[first:last])], first, last
                     start = last
                 yield self._encoding.encode(piece[start - begin :], **options), start, end
                 start = end
@@ -443,7 +464,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             for position, index in enumerate(ids):
                 if not isinstance(index, (int, np.integer)):
                     raise TypeError(f"token_ids[{position}] must be an integer, not {describe(index)}") from error
-                if not 0 <= index < len(self._tokens) and index not in self._late_tokens:
+                if not 0 <= index < self.vocab_size and index not in self._late_tokens:
                     message = f"token_ids[{position}] is {index}, outside the vocabulary, 0 to {len(self) - 1}"
                     raise ValueError(message) from error
             raise
