@@ -89,8 +89,8 @@ def write_patches(
 ) -> None:
     """Scales, pads, normalises and cuts one RGB picture into `out`, float32 (rows x columns, 3, patch, patch).
 
-    That is `(x / 255 - mean) / std`, rounded once, with zero pixels padded before it. The work is cut into `parts` at least,
-    which `run` may do at once, as the `map` of a pool of threads does; the result is the same to the last bit.
+    That is `(x / 255 - mean) / std`, rounded once, with zero pixels padded before it. The work is cut into `parts`, or
+    more where it is large, which `run` may do at once, as the `map` of a pool of threads does; the result is the same to the last bit.
     """
     ordered = out.numpy().reshape(target.rows, target.columns, 3, patch, patch)
     table = np.stack([(np.arange(256) / 255 - m) / s for m, s in zip(mean, std)]).astype(np.float32)

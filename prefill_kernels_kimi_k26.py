@@ -133,15 +133,16 @@ struct Copied {
     const i64 size = padded(e.nope + e.rope);
     const Values held = {e, (e.v + LANES - 1) / LANES * LANES};
     bf16 *keys, *values;
-    struct Mine { uint32_t* queries[BLOCKS]; float* scores; uint32_t* weights; Sums sums[BLOCKS]; } benches[MAX_THREADS];
+    struct Mine { uint32_t* queries[BLOCKS]; float* scores; uint32_t* weights; Sums sums[BLOCKS]; };
+    std::vector<Mine> benches;  // of each thread
 
     i64 bytes() const { return (room_for(e.keys) * size + held.size()) * sizeof(bf16); }  // of a head
     i64 key_bytes() const { return (size + held.row) * sizeof(bf16); }  // and of its values
     void layout(i64 heads, i64 threads) {
         keys = arena.take<bf16>(heads * room_for(e.keys) * size);
         values = arena.take<bf16>(heads * held.size());
-        for (i64 t = 0; t < threads; t++) {
-            Mine& mine = benches[t];
+        benches.resize(threads);
+        for (Mine& mine : benches) {
             mine.scores = arena.take<float>(KEYS * QUERIES);
             mine.weights = arena.take<uint32_t>(KEYS / 2 * QUERIES);
             for (auto& queries : mine.queries) queries = arena.take<uint32_t>(QUERIES * size / 2);
@@ -194,15 +195,16 @@ struct Copied {
     const i64 columns = (e.v + LANES - 1) / LANES * LANES, key_row = paired_size(size);
     const i64 value_row = paired_size(KEYS), value_block = columns * value_row, blocks = (e.keys + KEYS - 1) / KEYS;
     uint32_t *keys, *values;  // rows of pairs: (heads, keys) and (heads, blocks of keys, columns), as they will be read
-    struct Mine { bf16* rows; float* scores; Panel queries[BLOCKS], weights; Sums sums[BLOCKS]; } benches[MAX_THREADS];
+    struct Mine { bf16* rows; float* scores; Panel queries[BLOCKS], weights; Sums sums[BLOCKS]; };
+    std::vector<Mine> benches;  // of each thread
 
     i64 bytes() const { return (e.keys * key_row + blocks * value_block) * sizeof(uint32_t); }  // of a head
     i64 key_bytes() const { return (key_row + value_block / KEYS) * sizeof(uint32_t); }         // and of its values
     void layout(i64 heads, i64 threads) {
         keys = arena.take<uint32_t>(heads * e.keys * key_row);
         values = arena.take<uint32_t>(heads * blocks * value_block);
-        for (i64 t = 0; t < threads; t++) {
-            Mine& mine = benches[t];
+        benches.resize(threads);
+        for (Mine& mine : benches) {
             mine.rows = arena.take<bf16>(QUERIES * size);
             mine.scores = arena.take<float>(KEYS * QUERIES);
             mine.weights = {arena.take<uint32_t>(KEYS / 2 * PANEL), arena.take<float>(KEYS / STRETCH * PANEL)};

@@ -250,14 +250,15 @@ def rows_of(picture: Picture) -> Rows:
     """The pixels of a picture, by bands of rows."""
     if isinstance(picture, np.ndarray):
         return lambda top, bottom: picture[top:bottom]
+    picture.load()  # by one thread
     return lambda top, bottom: np.asarray(picture.crop((0, top, picture.width, bottom)))
 
 
 def scaled(picture: Picture, width: int, height: int, parts: int = 1, run: Callable = map) -> Rows:
     """The pixels of a picture scaled to `width` and `height`, by bands of rows, which are the same however it is cut.
 
-    The work that all bands wait for is cut into `parts` at least, which `run` may do at once, as the `map` of a pool of threads
-    does. Where much more is lost in height than in width, newer versions of Pillow begin with the columns, and then Pillow
+    The work that all bands wait for is cut into `parts`, or more where it is large, which `run` may do at once, as the `map` of a
+    pool of threads does. Where much more is lost in height than in width, newer versions of Pillow begin with the columns, and then Pillow
     itself is asked.
     """
     old_width, old_height = size_of(picture)
@@ -300,11 +301,13 @@ def fill_patches(pixels: np.ndarray, table: np.ndarray, patches: np.ndarray) -> 
     none -> `patches`, float32 (rows, columns, 3, side, side), contiguous."""
     (height, width), (rows, columns, _, side, _) = pixels.shape[:2], patches.shape
     if library() is None:
-        padded = np.zeros((rows * side, columns * side, 3), np.uint8)
-        padded[:height, :width] = pixels
-        cut = padded.reshape(rows, side, columns, side, 3).transpose(4, 0, 2, 1, 3)
-        for colour in range(3):
-            patches[:, :, colour] = table[colour][cut[colour]]
+        band = np.zeros((side, columns * side, 3), np.uint8)  # a row of patches, which stays in the caches
+        for row in range(rows):
+            part = pixels[row * side : (row + 1) * side]
+            band[: len(part), :width] = part
+            band[len(part) :] = 0
+            for colour in range(3):
+                patches[row, :, colour] = table[colour].take(band[:, :, colour]).reshape(side, columns, side).transpose(1, 0, 2)
         return
     given = address(pixels.ctypes.data), *map(i64, (pixels.strides[0], height, width)), address(table.ctypes.data)
     library().kimi_fill_patches(*given, address(patches.ctypes.data), *map(i64, (rows, columns, side)))

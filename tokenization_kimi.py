@@ -129,13 +129,17 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         """Byte pairs and special tokens as strings. Made when first asked for: that takes a quarter of the time of all loading."""
         return [*map(printable, self._encoding._mergeable_ranks), *self._encoding._special_tokens]
 
+    @functools.cached_property
+    def _token_ids(self) -> dict[str, int]:
+        return dict(zip(self._tokens, range(self.vocab_size)))
+
     def get_vocab(self) -> dict[str, int]:
-        return {**dict(zip(self._tokens, range(self.vocab_size))), **self._added_tokens_encoder}
+        return {**self._token_ids, **self._added_tokens_encoder}
 
     def _own_id(self, token: str) -> int | None:
         """What `get_vocab` says of a token that no user added, without the whole of it."""
         index = self._encoding._special_tokens.get(token)
-        if index is None:
+        if index is None and isinstance(token, str):
             pair = spelled(token)
             index = self._encoding._mergeable_ranks.get(pair) if printable(pair) == token else None
         return index

@@ -122,6 +122,8 @@ def test_a_linear_layer_and_what_comes_of_it(bias):
         for given in (residual, turned, residual.float()):
             assert error(apply_linear(module, x, gelu=True, residual=given), wanted) < 0.01
         assert torch.equal(residual, before)
+        for other in (residual[0, 0], residual[:1], residual[None]):  # of another shape, which PyTorch spreads
+            assert error(apply_linear(module, x, residual=other), module(x) + other) < 0.01
         module.register_forward_hook(lambda _, inputs_, out: out * 0)
         assert torch.equal(apply_linear(module, x, residual=residual), residual)
 

@@ -1,5 +1,6 @@
 """The project's own scaling beside Pillow's, and what it is compiled by."""
 
+import io
 import time
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
@@ -55,6 +56,17 @@ def test_bands_and_threads_give_the_whole(parts):
             for given in (pixels, Image.fromarray(pixels)):
                 rows = scaled(given, 150, 101, parts, run)
                 assert np.array_equal(np.concatenate([rows(*edge) for edge in edges]), expected)
+
+
+def test_a_picture_that_is_not_read_yet():
+    """Pillow reads a file when it is first asked for pixels, which two threads must not do at once."""
+    pixels, file = picture(301, 203), io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    with ThreadPoolExecutor(3) as pool:
+        for width, height in ((301, 203), (150, 101)):
+            rows = scaled(Image.open(io.BytesIO(file.getvalue())), width, height, 5, pool.map)
+            bands = pool.map(lambda top: rows(top, top + 1), range(height))
+            assert np.array_equal(np.concatenate(list(bands)), by_pillow(pixels, width, height))
 
 
 @natively
