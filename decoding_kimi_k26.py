@@ -416,10 +416,9 @@ def apply_linear(module: nn.Module, x: torch.Tensor, gelu: bool = False, residua
     """`module(x)`, by [`linear`] where the module is a plain linear layer; its GELU, as the hyperbolic tangent approximates it; a
     `residual` added to that."""
     plain = serves(x) and _reads_plainly(module)
-    if plain and (gelu or residual is not None):
-        alike = residual is None or (residual.shape == (*x.shape[:-1], module.out_features) and residual.dtype == x.dtype)
-        if alike and (residual is None or residual.is_contiguous()):
-            return finish(linear(x, module.weight), module.bias, gelu, residual)
+    fits = plain and (residual is None or (residual.shape == (*x.shape[:-1], len(module.weight)) and residual.dtype == x.dtype and residual.is_contiguous()))
+    if fits and (gelu or residual is not None):
+        return finish(linear(x, module.weight), module.bias, gelu, residual)
     out = linear(x, module.weight, module.bias) if plain and not HAS_FAST_PRODUCTS else module(x)
     if gelu:
         out = F.gelu(out, approximate="tanh")
