@@ -8,6 +8,7 @@ The words themselves are neither searched nor escaped, so nothing typed there ca
 equal once the ink is taken off, so what is found in the second holds for the first, which is the published one.
 """
 
+import inspect
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
@@ -26,6 +27,8 @@ from .tool_declaration_kimi import encode_tools_to_typescript, tool_schemas
 
 logger = logging.get_logger(__name__)
 
+# Version 4 of the library knows nothing but content to continue.
+_CONTINUES_ANY_FIELD = inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters["continue_final_message"].annotation is not bool
 Range = tuple[int, int]  # first character, and the one after the last
 
 # Templates that build a control token from a role ('<|im_' + role + '|>') mean it, so these words may stand inside one.
@@ -133,6 +136,10 @@ def render_chats(
         if not isinstance(flag, bool) and not (flag is None and name in optional):
             allowed = "True, False or None" if name in optional else "True or False"
             raise TypeError(f"{name} must be {allowed}, not {describe(flag)}")
+    if isinstance(continue_final_message, str) and not _CONTINUES_ANY_FIELD:
+        if continue_final_message != "content":
+            raise ValueError(f"continue_final_message={continue_final_message!r} needs transformers 5; before, only content can be continued")
+        continue_final_message = True
     if want_spoken and continue_final_message:
         raise ValueError("the assistant's words cannot be marked together with continue_final_message")
     chats = check_messages(conversation)
@@ -144,7 +151,7 @@ def render_chats(
         try:
             variables["tools_ts_str"] = encode_tools_to_typescript(tools)
         except ValueError as error:
-            logger.warning_once(f"The tools are shown as JSON: {error}")
+            logger.warning(f"The tools are shown as JSON: {str(error)[:200]}")  # not once: what was said once is kept for ever
             variables["tools_ts_str"] = ""
     variables = {
         "tools": tools,
@@ -195,7 +202,7 @@ def check_messages(conversation) -> list:
     """A conversation, or a batch of them → a list of conversations, of which every message has a role.
 
     Raises:
-        TypeError: a message is no dict or its role no string; names its index, and in a batch the conversation's.
+        TypeError: a message or a tool call is no dict, or a role no string; names its index, and in a batch the conversation's.
         ValueError: there is no message.
     """
     conversation = getattr(conversation, "messages", conversation)
@@ -215,6 +222,12 @@ def check_messages(conversation) -> list:
                 raise TypeError(f"{place} must be a dict, not {describe(message)}")
             if not isinstance(message.get("role"), str):
                 raise TypeError(f"{place}: role must be a string, not {describe(message.get('role'))}")
+            calls = message.get("tool_calls") or ()
+            if not isinstance(calls, (list, tuple)):
+                raise TypeError(f"{place}.tool_calls must be a list of dicts, not {describe(calls)}")
+            for t, call in enumerate(calls):
+                if not hasattr(call, "get"):
+                    raise TypeError(f"{place}.tool_calls[{t}] must be a dict, not {describe(call)}")
     return chats
 
 

@@ -233,7 +233,7 @@ def is_image(value: Any) -> bool:
 def is_video(value: Any) -> bool:
     """One video: a file in any form, or decoded frames (a list or array of pictures, or a mapping with them)."""
     if is_array(value):
-        return len(value.shape) == 4
+        return len(value.shape) in (3, 4)
     if isinstance(value, (list, tuple)):
         return len(value) > 0 and all(isinstance(v, Image.Image) or (is_array(v) and len(v.shape) < 4) for v in value)
     return value is not None

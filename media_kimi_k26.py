@@ -3,12 +3,12 @@
 Sizes are checked before pixels are decoded, and anything that is damaged, of the wrong kind or over a stated limit
 raises `MediaError`. `video_kimi_k26` has videos.
 
-EXIF orientation is not applied: the published pipeline does not apply it. (The library's own loader, which serves
-`http(s)` sources, does.)
+EXIF orientation is not applied: the published pipeline does not apply it.
 """
 
 import base64
 import binascii
+import http.client
 import io
 import os
 import urllib.parse
@@ -21,7 +21,9 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from transformers.image_utils import load_image as library_load_image
+
+
+FETCH_SECONDS = 60.0  # for which a host may be silent
 
 
 class MediaError(ValueError):
@@ -75,6 +77,18 @@ def is_url(source: Any) -> bool:
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
+def _fetch(url: str, limits: MediaLimits) -> bytes:
+    """What is behind an address, no more of it than `limits.max_bytes` allow."""
+    request = urllib.request.Request(url, headers={"User-Agent": "kimi-k26"})  # some hosts refuse the default one
+    try:
+        with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as answer:
+            data = answer.read() if limits.max_bytes is None else answer.read(int(limits.max_bytes) + 1)
+    except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
+        raise MediaError(f"cannot load {describe(url)}: {error}") from error
+    limits.check("max_bytes", len(data), "encoded size in bytes")
+    return data
+
+
 def _decode_base64(text: str, limits: MediaLimits) -> bytes:
     limits.check("max_bytes", len(text) * 3 // 4, "encoded size in bytes")
     if "%" in text:
@@ -98,10 +112,12 @@ def _decode_data_uri(uri: str, limits: MediaLimits) -> bytes:
 def open_source(source: Any, limits: MediaLimits) -> tuple[Any, bool]:
     """A seekable binary file for an encoded picture or video, and whether the caller has to close it.
 
-    `source`: bytes, a path, `file://` URL, data URI, base64 string or binary file object. Anything else raises
-    `MediaError`, as does an empty source, a missing file or one over `limits.max_bytes`.
+    `source`: bytes, a path, `file://` or `http(s)://` URL, data URI, base64 string or binary file object. Anything else
+    raises `MediaError`, as does an empty source, a missing file or one over `limits.max_bytes`.
     """
-    if isinstance(source, str) and source[:5].lower() == "data:":
+    if is_url(source):
+        source = _fetch(source, limits)
+    elif isinstance(source, str) and source[:5].lower() == "data:":
         source = _decode_data_uri(source, limits)
     elif isinstance(source, str) and source[:7].lower() == "file://":
         source = Path(urllib.request.url2pathname(urllib.parse.urlparse(source).path))
@@ -155,13 +171,6 @@ def load_image(source: Any, limits: MediaLimits = MediaLimits()) -> Image.Image:
         return _to_rgb(source, limits)
     if is_array(source):
         return _array_to_image(to_numpy(source), limits)
-    if is_url(source):
-        try:
-            return _to_rgb(library_load_image(source, timeout=60.0), limits)
-        except MediaError:
-            raise
-        except Exception as error:  # network, decoder: whatever the loader meets
-            raise MediaError(f"cannot load the picture {describe(source)}: {error}") from error
     file, owned = open_source(source, limits)
     try:
         with warnings.catch_warnings():

@@ -147,6 +147,7 @@ class KimiK26Processor(ProcessorMixin):
                 raise ValueError("medias go with text, and without images and videos")
             return self._as_published(texts, medias, kwargs, return_tensors)
         options = self._sort_options(kwargs)
+        return_tensors = options.return_tensors if return_tensors is None else return_tensors
         pictures, picture_counts = nest(images, is_image, len(texts or ()))
         films, film_counts = nest(videos, is_video, len(texts or ()))
         rates = spread_fps(_rates(options.fps, options.video_metadata), films)
@@ -172,6 +173,8 @@ class KimiK26Processor(ProcessorMixin):
 
     def _build(self, chats, items, counts, options, return_tensors) -> BatchFeature:
         """Media items and prompts to one batch. `counts`: items per prompt by kind, where the caller said it."""
+        if chats is None and not items:
+            raise ValueError("give text, images or videos: these lists are empty")
         if chats is None:
             return BatchFeature(join([self._encode(item, options) for item in items]), tensor_type=return_tensors)
         places = [_placeholders(chat) if items else [] for chat in chats]
@@ -341,6 +344,7 @@ class KimiK26Processor(ProcessorMixin):
             texts = [chat.text for chat in chats]
             return texts if is_batch else texts[0]
         options = self._sort_options({"add_special_tokens": False, **call})
+        return_tensors = options.return_tensors if return_tensors is None else return_tensors
         output = self._build(chats, items, counts, options, return_tensors)
         return output if return_dict else output["input_ids"]
 
@@ -382,7 +386,9 @@ class KimiK26Processor(ProcessorMixin):
     def _fill_empty(self, items: list[MediaItem], call: dict[str, Any]) -> None:
         """Pictures and videos given beside the messages go, in order, to the parts that hold no data."""
         films = nest(call.pop("videos", None), is_video, 0)[0]
-        rates = spread_fps(_rates(call.pop("fps", None), call.pop("video_metadata", None)), films)
+        grouped = call["videos_kwargs"] = dict(call.get("videos_kwargs") or {})
+        fps, metadata = (grouped.pop(name, call.pop(name, None)) for name in ("fps", "video_metadata"))
+        rates = spread_fps(_rates(fps, metadata), films)
         pictures = nest(call.pop("images", None), is_image, 0)[0]
         for kind, given in (("image", [(one, None) for one in pictures]), ("video", list(zip(films, rates)))):
             empty = [item for item in items if item.kind == kind and item.source is None]
@@ -402,15 +408,15 @@ class KimiK26Processor(ProcessorMixin):
         flat = dict(kwargs)
         groups = {name: dict(flat.pop(name, None) or {}) for name in ("text_kwargs", "images_kwargs", "videos_kwargs")}
         flat.update(flat.pop("common_kwargs", None) or {})
-        flat.pop("return_tensors", None)
         media = {key: flat.pop(key) for key in list(flat) if key in MEDIA_KEYS or key == "media_limits"}
         text = {**flat, **groups["text_kwargs"]}
+        return_tensors = text.pop("return_tensors", None)
         fps, metadata = text.pop("fps", None), text.pop("video_metadata", None)
         fps = groups["videos_kwargs"].pop("fps", fps)
         metadata = groups["videos_kwargs"].pop("video_metadata", metadata)
         padding = {key: text.pop(key, None) for key in PADDING_KEYS}
         truncation, max_length = (text.pop(key, None) for key in CUTTING_KEYS)
-        unknown = [key for key, value in text.items() if key not in TOKENIZER_KEYS and value not in (None, False)]
+        unknown = [key for key, value in text.items() if key not in TOKENIZER_KEYS and value is not None]
         if unknown:
             raise TypeError(f"unknown argument {sorted(unknown)}, allowed are {sorted(CALL_KEYS)}")
         return _Options(
@@ -422,6 +428,7 @@ class KimiK26Processor(ProcessorMixin):
             videos={**media, **groups["videos_kwargs"]},
             fps=fps,
             video_metadata=metadata,
+            return_tensors=return_tensors,
         )
 
     def get_num_image_tokens(self, height: int, width: int, **overrides) -> int:
@@ -517,6 +524,7 @@ class _Options:
     videos: dict[str, Any]
     fps: Any
     video_metadata: Any
+    return_tensors: Optional[str]
 
 
 def _rates(fps: Any, metadata: Any) -> Any:

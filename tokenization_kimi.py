@@ -145,6 +145,11 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return index
 
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
+        for name in map(str, new_tokens):
+            # The library looks names up in `get_vocab`, where byte pairs have the printable form of their bytes.
+            index = self._own_id(name)
+            if index is not None and index not in self._encoding._special_tokens.values() and spelled(name) != name.encode():
+                raise ValueError(f"{name!r} cannot be added: in this vocabulary it is how the bytes {spelled(name)!r} are written (id {index})")
         if new_tokens:
             return super()._add_tokens(new_tokens, special_tokens)
         self._update_trie()  # none, as at loading: the library would make the whole vocabulary to look for it

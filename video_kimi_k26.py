@@ -17,9 +17,8 @@ from typing import Any, Optional
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from transformers.video_utils import load_video as library_load_video
 
-from .media_kimi_k26 import MediaError, MediaLimits, describe, is_array, is_url, load_image, open_source, to_numpy
+from .media_kimi_k26 import MediaError, MediaLimits, describe, is_array, load_image, open_source, to_numpy
 
 
 ChooseFrames = Callable[[int, float], list[int]]  # (frames in the video, frames per second) -> indices, ascending
@@ -58,8 +57,6 @@ def read_video(
         return _from_frames(source, choose, fps, limits)
     if fps is not None:
         raise MediaError("fps is the rate of decoded frames and a video file has its own; to sample it, set sample_fps")
-    if is_url(source):
-        return _from_url(source, choose, limits)
     file, owned = open_source(source, limits)
     try:
         timeline = _read_timeline(file, describe(source), limits)
@@ -114,29 +111,6 @@ def _from_frames(source: Any, choose: ChooseFrames, fps: Optional[float], limits
     return SampledVideo(len(source), fps, width, height, indices, frames())
 
 
-def _from_url(source: str, choose: ChooseFrames, limits: MediaLimits) -> SampledVideo:
-    chosen: dict[str, Any] = {}
-
-    def sample(metadata, **_) -> np.ndarray:
-        total, fps = int(metadata.total_num_frames), float(metadata.fps)
-        if total < 1:
-            raise MediaError("the container does not say how many frames it has: download it and give the file")
-        _check_video(total, fps, metadata.width, metadata.height, limits)
-        chosen.update(total=total, fps=fps, indices=_check_indices(choose(total, fps), total))
-        return np.array(chosen["indices"])
-
-    try:
-        frames, _ = library_load_video(source, backend="pyav", sample_indices_fn=sample)
-    except MediaError:
-        raise
-    except Exception as error:  # network, decoder: whatever the loader meets
-        raise MediaError(f"cannot load the video {describe(source)}: {error}") from error
-    if len(frames) != len(chosen["indices"]):
-        raise MediaError(f"{describe(source)}: {len(frames)} of {len(chosen['indices'])} frames could be decoded")
-    height, width = frames.shape[1:3]
-    return SampledVideo(chosen["total"], chosen["fps"], width, height, chosen["indices"], map(np.ascontiguousarray, frames))
-
-
 @dataclass
 class _Timeline:
     """What one pass over the packets says about the video stream, without decoding it.
@@ -184,8 +158,15 @@ def _open_container(file: Any, name: str):
         container.close()
         raise MediaError(f"{name} has no video stream")
     stream = streams[0]
+    if stream.codec_context is None:
+        container.close()
+        raise MediaError(f"{name} is a video that PyAV has no decoder for")
     stream.thread_type = "AUTO"
     return container, stream
+
+
+# What stands in ISO media files beside one another.
+BOXES = {box.encode() for box in "ftyp styp moov moof mdat mfra free skip wide uuid meta pdin sidx ssix prft emsg udta pnot".split()}
 
 
 def _declared_size(file: Any) -> int:
@@ -199,6 +180,8 @@ def _declared_size(file: Any) -> int:
         while position + 8 <= end:
             file.seek(position)
             box = file.read(16)
+            if box[4:8] not in BOXES:  # whatever stands behind a film, such as tags
+                return position
             size = int.from_bytes(box[:4], "big")
             size = int.from_bytes(box[8:16], "big") if size == 1 else size
             if size < 8:  # 0 means "to the end of the file"
@@ -256,6 +239,8 @@ def _read_timeline(file: Any, name: str, limits: MediaLimits) -> _Timeline:
     container, stream = _open_container(file, name)
     try:
         width, height = stream.codec_context.width, stream.codec_context.height
+        if width < 1 or height < 1:
+            raise MediaError(f"{name} is damaged or truncated: its frames have no size")
         limits.check("max_video_pixels", width * height, f"pixels of a {width}x{height} video frame")
         vp8 = stream.codec_context.name == "vp8"
         pts, keys, shown, span = [], [], [], {}

@@ -1,7 +1,10 @@
 """Pictures and videos made on the spot, whose frames carry their own number."""
 
 import base64
+import http.server
 import io
+import threading
+from contextlib import contextmanager
 from fractions import Fraction
 
 import av
@@ -78,3 +81,31 @@ def golden_picture(width: int, height: int, seed: int) -> np.ndarray:
     channels = [(x * (7 + seed) + y * 13 + c * 29 + (x * y) // (17 + seed)) % 256 for c in range(3)]
     channels[1] = x * 255 // max(1, width - 1)
     return np.stack(channels, -1).astype(np.uint8)
+
+
+@contextmanager
+def served(**files: bytes):
+    """A host on this machine that has these files; gives the address they are below, and a list of what was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            data = files.get(self.path[1:])
+            self.send_response(404 if data is None else 200)
+            self.end_headers()
+            try:
+                self.wfile.write(data or b"")
+            except OSError:  # the client has read enough
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 
 from kimi_k26.chat_kimi import PRIVATE_USE, ControlText, RenderedChat, render_chats
@@ -464,6 +465,8 @@ def test_added_tokens(own_tok):
         ([[user("x")], [user("x"), {"role": None, "content": "y"}]], r"conversations\[1\]\.messages\[1\]: role"),
         ([[user("x")], "y"], r"conversations\[1\] must be a list"),
         ("hello", "conversation must be a list"),
+        ([user("x"), {"role": "assistant", "tool_calls": [{}, None]}], r"messages\[1\]\.tool_calls\[1\] must be a dict, not None"),
+        ([{"role": "assistant", "tool_calls": "abc"}], r"messages\[0\]\.tool_calls must be a list of dicts, not 'abc'"),
     ],
 )
 def test_wrong_messages_are_named(processor, messages, words):
@@ -479,6 +482,19 @@ def test_wrong_flags_are_named(processor, flag, value):
     for face in (processor, processor.tokenizer):
         with pytest.raises(TypeError, match=f"^{flag} must be True.* False.*{type(value).__name__}"):
             face.apply_chat_template([user("x")], tokenize=True, **{flag: value})
+
+
+def test_what_is_continued(processor):
+    """By name from version 5 of the library on; before, there is content alone."""
+    chat = [user("x"), {"role": "assistant", "reasoning": "because", "content": "yes"}]
+    by_name = processor.apply_chat_template(chat, continue_final_message="content")
+    assert by_name == processor.apply_chat_template(chat, continue_final_message=True) and by_name.endswith("</think>yes")
+    if transformers.__version__.startswith("4."):
+        with pytest.raises(ValueError, match="'reasoning' needs transformers 5"):
+            processor.apply_chat_template(chat, continue_final_message="reasoning")
+    else:
+        thought = processor.apply_chat_template(chat, continue_final_message="reasoning", preserve_thinking=True)
+        assert thought.endswith("<think>because")
 
 
 def test_marking_and_continuing_exclude_each_other(tok):

@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import kimi_k26.media_kimi_k26 as media
 from kimi_k26.media_kimi_k26 import MediaError, MediaLimits, load_image
 
-from .media_samples import data_uri, picture_bytes
+from .media_samples import data_uri, picture_bytes, served
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(PIXELS)
@@ -167,8 +166,23 @@ def test_size_is_checked_before_pixels_are_decoded():
             load_image(bytes(header), MediaLimits(max_image_pixels=50_000_000))
 
 
-def test_http_goes_through_the_library(monkeypatch):
-    asked = []
-    monkeypatch.setattr(media, "library_load_image", lambda url, timeout=None: asked.append(url) or PICTURE)
-    assert np.array_equal(load_image("https://example.org/a.png"), PIXELS)
-    assert asked == ["https://example.org/a.png"]
+def test_an_address_is_the_bytes_behind_it(monkeypatch):
+    """With the limits and refusals that bytes meet, and no more read than they allow."""
+    monkeypatch.setenv("no_proxy", "*")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    jpeg = picture_bytes(PICTURE, "JPEG", exif=turned)
+    with served(a=PNG, turned=jpeg, eps=b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", junk=b"junk") as (host, asked):
+        assert np.array_equal(load_image(f"{host}/a"), PIXELS) and asked == ["/a"]
+        assert load_image(f"{host}/turned").size == load_image(jpeg).size == PICTURE.size
+        for name, limits, words in (
+            ("a", MediaLimits(max_bytes=100), "max_bytes=100"),
+            ("a", MediaLimits(max_image_pixels=100), "max_image_pixels=100"),
+            ("eps", MediaLimits(), "EPS"),
+            ("junk", MediaLimits(), "not a picture"),
+            ("missing", MediaLimits(), "cannot load .*404"),
+        ):
+            with pytest.raises(MediaError, match=words):
+                load_image(f"{host}/{name}", limits)
+    with pytest.raises(MediaError, match="cannot load"):
+        load_image(f"{host}/a")

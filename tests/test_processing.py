@@ -105,6 +105,7 @@ def test_media_alone(processor):
         ({"images": [b"junk"], "text": IMAGE}, r"images\[0\]: .*not a picture"),
         ({"audio": [1], "text": "x"}, "audio"),
         ({}, "give text"),
+        ({"images": []}, "give text"),
     ],
 )
 def test_what_does_not_match_raises(processor, call, words):
@@ -117,6 +118,9 @@ def test_wrong_arguments(processor):
         processor(text=[1, 2])
     with pytest.raises(TypeError, match="maximum_length"):
         processor(text="x", maximum_length=3)
+    for value in (False, 0, np.zeros(3)):  # not passed over because it says no
+        with pytest.raises(TypeError, match="do_resize"):
+            processor(text=IMAGE, images=SMALL, do_resize=value)
     with pytest.raises(ValueError, match="in_patch_limit"):
         processor(images=SMALL, text=IMAGE, in_patch_limit=0)
 
@@ -275,6 +279,21 @@ def test_media_given_beside_the_messages(processor):
     assert output["grid_thws"].tolist() == [[1, 4, 4], [1, 6, 8], [1, 4, 4], [4, 4, 6], [2, 4, 6]]
     with pytest.raises(ValueError, match="2 image parts .* 1 images"):
         processor.apply_chat_template(messages, tokenize=True, images=[SMALL], videos=[FRAMES], fps=25)
+
+
+def test_arguments_in_groups(processor):
+    """The library's `…_kwargs` say the same as the arguments themselves."""
+    messages = user({"type": "video"})
+    call = {"tokenize": True, "return_dict": True, "videos": [FRAMES]}
+    plain = processor.apply_chat_template(messages, fps=25, return_tensors="pt", **call)
+    grouped = processor.apply_chat_template(messages, videos_kwargs={"fps": 25}, common_kwargs={"return_tensors": "pt"}, **call)
+    assert torch.equal(plain["input_ids"], grouped["input_ids"]) and torch.equal(plain["grid_thws"], grouped["grid_thws"])
+    for group in ("common_kwargs", "text_kwargs"):
+        assert isinstance(processor(text="x", **{group: {"return_tensors": "pt"}})["input_ids"], torch.Tensor)
+    gray = np.stack(FRAMES)[..., 1]
+    prompt = "<|kimi_k25_video_placeholder|>"
+    one, other = processor(text=prompt, videos=gray, fps=25), processor(text=prompt, videos=list(gray), fps=25)
+    assert torch.equal(one["pixel_values"], other["pixel_values"])
 
 
 def test_assistant_mask_covers_the_assistants_words(processor, film):

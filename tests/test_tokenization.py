@@ -294,6 +294,15 @@ def test_added_tokens(tok, tmp_path):
     assert again.get_vocab() == tok.get_vocab() and len(again) == len(tok)
 
 
+def test_names_that_would_be_bytes_cannot_be_added(tok):
+    """The library looks added names up among byte pairs in their printable form, where é is a byte that is no text."""
+    before = tok.encode("aéb")
+    for name in ("é", AddedToken("Ġ")):
+        with pytest.raises(ValueError, match=f"'{name}' cannot be added: .* bytes"):
+            tok.add_tokens([name])
+    assert tok.encode("aéb") == before and tok.decode(before) == "aéb"
+
+
 def test_single_word_tokens(tok):
     tok.add_tokens([AddedToken("cat", single_word=True)])
     cat = len(tok) - 1

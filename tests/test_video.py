@@ -12,7 +12,7 @@ import kimi_k26.video_kimi_k26 as video_module
 from kimi_k26.media_kimi_k26 import MediaError, MediaLimits
 from kimi_k26.video_kimi_k26 import read_video
 
-from .media_samples import data_uri, make_audio, make_video, number_of, numbered_frame, picture_bytes
+from .media_samples import data_uri, make_audio, make_video, number_of, numbered_frame, picture_bytes, served
 
 
 def every(total, fps):
@@ -246,19 +246,28 @@ def test_damage_inside_a_video():
         numbers(bytes(broken))
 
 
-def test_http_goes_through_the_library(monkeypatch):
-    asked = []
+def test_an_address_is_the_file_behind_it(monkeypatch):
+    """Of any container, also where frames are unevenly spaced."""
+    monkeypatch.setenv("no_proxy", "*")
+    uneven = make_video("matroska", "mpeg4", frames=12, times=[0, 40, 80, 500, 540, 580, 620, 900, 940, 980, 1020, 1500])
+    with served(film=uneven) as (host, _):
+        there, here = read_video(f"{host}/film", every), read_video(uneven, every)
+        assert (there.total_frames, there.fps) == (here.total_frames, here.fps)
+        assert numbers(f"{host}/film") == list(range(12))
+        for limits, words in ((MediaLimits(max_video_frames=9), "max_video_frames"), (MediaLimits(max_bytes=99), "max_bytes")):
+            with pytest.raises(MediaError, match=words):
+                numbers(f"{host}/film", limits=limits)
 
-    def film(url, backend, sample_indices_fn):
-        asked.append(url)
 
-        class Metadata:
-            total_num_frames, fps, width, height = 10, 5.0, 64, 48
+def test_what_stands_behind_a_film_is_not_its_concern():
+    data = make_video("mp4", "mpeg4", frames=12)
+    for behind in (b"twenty bytes of junk", b"TAG" + b"a song".ljust(125, b"\0"), bytes(range(1, 60))):
+        assert numbers(data + behind) == list(range(12))
 
-        return np.stack([numbered_frame(k) for k in sample_indices_fn(metadata=Metadata)]), Metadata
 
-    monkeypatch.setattr(video_module, "library_load_video", film)
-    assert numbers("https://example.org/a.mp4", [0, 4, 9]) == [0, 4, 9]
-    assert asked == ["https://example.org/a.mp4"]
-    with pytest.raises(MediaError, match="max_video_frames"):
-        numbers("https://example.org/a.mp4", limits=MediaLimits(max_video_frames=9))
+def test_codecs_nobody_has_a_decoder_for():
+    data = make_video("avi", "mpeg4", frames=12)
+    unknown = data.replace(b"FMP4", b"XYZ1")
+    assert unknown != data
+    with pytest.raises(MediaError, match="decoder"):
+        numbers(unknown)
