@@ -18,8 +18,9 @@ BLOCK = 1024  # tokens that are rounded or restored at once, so that little is h
 class GrowingLayer(DynamicLayer):
     """A dynamic layer with room ahead, so that one more token is written in its place instead of copying all.
 
-    `keys` and `values` are views of what is held, as in the library, made when somebody asks; whoever replaces them (beam
-    search, cropping, repeating) finds a new room made for them at the next token.
+    `keys` and `values` are views of what is held, made when somebody asks; whoever replaces them (beam search, repeating)
+    finds a new room made for them at the next token. After cropping the tokens that come next take the place of those that
+    were cut off, in views from before, too: clone what is to be kept.
     """
 
     def __init__(self, *args, **kwargs):
@@ -43,12 +44,14 @@ class GrowingLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self._replaced else self._length
 
-    def takes(self, like: torch.Tensor) -> bool:
-        """Whether tokens of rows such as `like`, `(batch, …)`, can follow: of this dtype, in so many rows."""
+    def takes(self, like: torch.Tensor, widths: tuple[int, int]) -> bool:
+        """Whether tokens of rows such as `like`, `(batch, …)`, can follow: of this dtype, in so many rows, of these widths."""
         if not self.is_initialized:
             return True
-        held = self.keys if self._replaced else self._room[0]
-        return self.dtype == like.dtype and held.size(0) == like.size(0)
+        held = (self.keys, self.values) if self._replaced else self._room
+        return self.dtype == like.dtype and all(
+            (part.size(0), part.size(1), part.size(3)) == (like.size(0), 1, width) for part, width in zip(held, widths)
+        )
 
     def extend(self, like: torch.Tensor, widths: tuple[int, int], new: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Let `keys` and `values` cover `new` more tokens, which the caller writes.
@@ -65,6 +68,11 @@ class GrowingLayer(DynamicLayer):
             self.dtype, self.device = like.dtype, like.device
             self.keys, self.values = (like.new_empty(like.shape[0], 1, 0, width) for width in widths)
             self.is_initialized = True
+        elif not self.takes(like, widths):
+            shapes = f"{tuple(self.keys.shape)} and {tuple(self.values.shape)}, {self.dtype}"
+            raise ValueError(
+                f"the cache holds {shapes}: no tokens of {like.shape[0]} sequences, {widths[0]} and {widths[1]} wide, {like.dtype}, can follow"
+            )
         before = self.keys.size(2) if self._replaced else self._length
         if not self._fits(before + new):
             size = before + new + max(64, (before + new) // 8)

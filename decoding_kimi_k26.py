@@ -65,7 +65,8 @@ class Weights:
         if parameter is None:
             return None
         dtype = torch.float32 if name == "e_score_correction_bias" else torch.bfloat16
-        self.fits &= parameter.dtype == dtype and parameter.is_contiguous() and parameter.device.type == "cpu"
+        plain = type(parameter) is nn.Parameter  # others may have no memory of their own
+        self.fits &= plain and parameter.dtype == dtype and parameter.is_contiguous() and parameter.device.type == "cpu"
         self._tensors.append((parameters, name, parameter.data_ptr()))
         self._memory.append(parameter.detach())
         return parameter.data_ptr()
@@ -97,6 +98,7 @@ class NativeLayer(Weights):
         self.has_experts = hasattr(mlp, "experts")
         if self.has_experts:
             self.fits &= [device for device, _ in mlp.experts.shares] == [None]
+        self.routing = routing_of(mlp)
         self.attention = self._describe_attention(attention)
         self.widths = attention.rank, attention.rope  # of what a cache holds
         self.feed_forward = self._describe_feed_forward(mlp)
@@ -143,9 +145,8 @@ class NativeLayer(Weights):
             self.fits &= config.moe_intermediate_size % (group or INPUTS) == 0 and knows_group(group)
             described.router = self.weight(mlp, "gate")
             described.bias = self.weight(mlp, "gate", "e_score_correction_bias")
-            described.experts, described.top_k = config.n_routed_experts, router.top_k
-            described.groups, described.top_groups = router.n_group, router.topk_group
-            described.normalize, described.scaling = router.normalize, router.scaling
+            described.experts = config.n_routed_experts
+            described.top_k, described.groups, described.top_groups, described.normalize, described.scaling = self.routing
             described.expert_width, described.group_size = config.moe_intermediate_size, group
             network = None if mlp.shared_experts is None else self.module(mlp, "shared_experts")
         if network is not None:
@@ -154,6 +155,9 @@ class NativeLayer(Weights):
             described.width = network.gate_proj.out_features
         return described
 
+    def is_current(self) -> bool:
+        return super().is_current() and routing_of(self.layer.mlp) == self.routing
+
     def extend(self, cache, x: torch.Tensor, span) -> "Place":
         """Room for the new tokens in this layer's part of a cache."""
         if isinstance(cache, LatentLayer):
@@ -161,6 +165,14 @@ class NativeLayer(Weights):
         count_tokens(cache, x.shape[1])
         return cache.keys, cache.values, span.begin
 
+
+def routing_of(mlp: nn.Module) -> Optional[tuple]:
+    """How a layer's router chooses, where it has one."""
+    router = mlp._modules.get("gate") if "experts" in mlp._modules else None
+    return router and (router.top_k, router.n_group, router.topk_group, router.normalize, router.scaling)
+
+
+_finding = threading.RLock()  # a decoder is made by one thread
 
 Place = tuple[torch.Tensor, torch.Tensor, int]  # latents and rotary keys of a layer, and how many tokens are before the new ones
 
@@ -190,9 +202,12 @@ class NativeDecoder:
         if "norm" in owner._modules:  # is looked at with the last layer
             self.norm, self.eps = self.parts[-1].weight(owner, "norm"), owner.norm.eps
         self.fits = all(part.fits and part.is_current() for part in self.parts)
+        routing = {(part.feed_forward.experts, part.feed_forward.top_k) for part in self.parts if part.has_experts}
+        self.fits &= len(routing) <= 1
+        self.routed, self.top_k = next(iter(routing), (0, 0))  # experts of each layer that routes; those of a token
         self.calls = (Layer * len(self.parts))()
         self._latents = [call.latents for call in self.calls]
-        self._turn = threading.Lock()  # for all that a run sets and reads
+        self._turn = threading.Lock()  # for all that a run sets and reads, where there are no experts
         self.experts = [part.layer.mlp.experts for part in self.parts if part.has_experts]
         self._next = None  # where the sequence goes on: see `is_current`
         self._looks = 0
@@ -243,8 +258,8 @@ class NativeDecoder:
         return self.run(x, rotary, span.padding, places, head)
 
     def run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place], head: Optional[torch.Tensor] = None):
-        """The same where the caches have made room already. Threads that share the model wait for each other here."""
-        with self._turn:
+        """The same where the caches have made room already. Threads that share the model, or its experts, wait for each other here."""
+        with self.experts[0].store.turn if self.experts else self._turn:
             return self._run(x, rotary, padding, places, head)
 
     def _run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place], head: Optional[torch.Tensor]):
@@ -263,7 +278,7 @@ class NativeDecoder:
             where.rotary_row, _, where.rotary_key, _ = values.stride()
             where.mask, where.mask_row = mask, mask_row
         self._refresh_experts(thorough=new > 1 or places[0][2] == 0)
-        logits = torch.empty(len(self.experts), rows, self.calls[count - 1].feed_forward.experts)
+        logits = torch.empty(len(self.experts), rows, self.routed)
         scores = x.new_empty(sequences, new, 0 if head is None else head.shape[0])
         step = Step(*addresses(x, middle, normed, cos, sin, logits, weights, chosen), rows=rows)
         if head is not None:
@@ -291,7 +306,7 @@ class NativeDecoder:
         """What a step needs for itself: two hidden states, and the weights and choices of all layers. One run uses it after
         the other, as memory that has just come takes longer to get."""
         if self._scratch is None or self._scratch[0].shape != x.shape:
-            pairs = (len(self.experts), x.shape[0] * x.shape[1], self.calls[len(self.parts) - 1].feed_forward.top_k)
+            pairs = (len(self.experts), x.shape[0] * x.shape[1], self.top_k)
             weights, chosen = torch.empty(pairs), torch.empty(pairs, dtype=torch.int64)
             self._scratch = torch.empty_like(x), torch.empty_like(x), weights, chosen
         return self._scratch
@@ -310,15 +325,15 @@ def layers_of(owner: nn.Module):
     return (owner,) if layers is None else layers._modules.values()
 
 
-def has_room(layer, x: torch.Tensor, span) -> bool:
-    """Whether the kernels can write the new tokens into this layer of a cache."""
+def has_room(layer, x: torch.Tensor, span, widths: tuple[int, int]) -> bool:
+    """Whether the kernels can write the new tokens into this layer of a cache, latents and rotary keys of these widths."""
     if isinstance(layer, LatentLayer):
-        return layer.takes(x)
+        return layer.takes(x, widths)
     return (
         type(layer) is StaticLayer
         and layer.is_initialized
-        and layer.keys.dtype == x.dtype
-        and layer.keys.shape[0] == x.shape[0]
+        and layer.keys.dtype == layer.values.dtype == x.dtype
+        and all(held.shape == (x.shape[0], 1, layer.keys.shape[2], width) for held, width in zip((layer.keys, layer.values), widths))
         and span.begin + x.shape[1] <= layer.keys.shape[2]
         and int(getattr(layer, "cumulative_length", span.begin)) == span.begin  # transformers 5 writes where it has counted to
     )
@@ -326,9 +341,11 @@ def has_room(layer, x: torch.Tensor, span) -> bool:
 
 def decoder_of(owner: nn.Module, *where) -> NativeDecoder:
     """The decoder that a text model or a layer keeps as `native`, made anew where it is not current: see `is_current`."""
-    if owner.native is None or not owner.native.is_current(*where):
-        owner.native = NativeDecoder(owner)
-    return owner.native
+    with _finding:
+        native = owner.native
+        if native is None or not native.is_current(*where):
+            native = owner.native = NativeDecoder(owner)
+        return native
 
 
 def serves_step(owner: nn.Module, x: torch.Tensor, span, past_key_values: Optional[Cache]) -> bool:
@@ -363,8 +380,10 @@ def decode(owner: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cac
     ):
         return None
     caches = [layer_of(past_key_values, layer.layer_idx) for layer in layers_of(owner)]
-    if not all(has_room(cache, x, span) for cache in caches):
-        return None
+    for cache, layer in zip(caches, layers_of(owner)):
+        attention = layer._modules["self_attn"]
+        if not has_room(cache, x, span, (attention.rank, attention.rope)):
+            return None
     native = decoder_of(owner, id(caches[0]), span.begin, x.shape[1])
     return native(x, rotary, span, caches, head) if native.fits else None
 

@@ -164,8 +164,7 @@ class KimiK26Experts(nn.ModuleList):
         self.has_cpu_layout = group is not None and CpuInt4.fits(2 * width, group) and CpuInt4.fits(hidden, group)
         self.has_native_widths = hidden % INPUTS == width % INPUTS == 0 and knows_group(group or 0)
         self.has_native_widths &= width % (group or INPUTS) == hidden % (group or INPUTS) == 0
-        top_k = config.num_experts_per_tok
-        self.sizes = {"hidden": hidden, "top_k": top_k, "expert_width": width, "group_size": group or 0}
+        self.sizes = {"hidden": hidden, "expert_width": width, "group_size": group or 0}
         self.store = ExpertStore()  # one for all layers, once the model is whole
         # Which experts compute where: (device, their numbers); `None` is wherever the tokens are.
         self.shares: list[tuple[torch.device | None, Collection[int]]] = [(None, range(len(self)))]
@@ -180,9 +179,10 @@ class KimiK26Experts(nn.ModuleList):
     @property
     def known(self) -> KnownExperts:
         """Those that the CPU's kernels find by themselves."""
-        if self._known is None:
-            self._known = KnownExperts(self)
-        return self._known
+        with self.store.turn:
+            if self._known is None:
+                self._known = KnownExperts(self)
+            return self._known
 
     def split(self, peers: Peers):
         """Keep the experts of this process alone."""
@@ -359,17 +359,18 @@ class KimiK26Experts(nn.ModuleList):
             return None
         if not self.has_native_widths or library() is None:
             return None
-        self.known.refresh()
         asked = [number for number, count in enumerate(routing.counts) if count and number in numbers]
         self.announce(asked, x)
-        held = {number: self.known.find(number) for number in asked}
+        with self.store.turn:
+            self.known.refresh()
+            held = {number: self.known.find(number) for number in asked}
         if None in held.values():
             return None
         found = torch.tensor([held[number].address if number in held else 0 for number in range(len(self))])
         table, parts = found[routing.chosen], []
         for some in (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(x), ROWS_AT_ONCE)):
             given = (part[some].contiguous() for part in (x, routing.weights, routing.chosen, table))
-            parts.append(weighted_experts(*given, FeedForward(**self.sizes)))
+            parts.append(weighted_experts(*given, FeedForward(**self.sizes, top_k=routing.chosen.shape[1])))
         self.let_go(held)
         return torch.cat(parts)
 

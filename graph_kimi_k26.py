@@ -81,9 +81,8 @@ def _make_ready(decoder: NativeDecoder, model: int, x: torch.Tensor, where: int,
     if decoder not in _watched:
         weakref.finalize(decoder, library().kimi_unready, i64(model), None).atexit = False
         _watched.add(decoder)
-    sizes = decoder.calls[len(decoder.calls) - 1].feed_forward
     ready = Ready(ctypes.addressof(decoder.calls), len(decoder.calls), decoder.norm, decoder.eps, x.shape[0], x.shape[2])
-    ready.routing, ready.experts, ready.top_k = len(decoder.experts), sizes.experts, sizes.top_k
+    ready.routing, ready.experts, ready.top_k = len(decoder.experts), decoder.routed, decoder.top_k
     ready.where, ready.past, ready.steps = where, past, STEPS
     used = library().kimi_ready(i64(model), ctypes.byref(ready))
     if decoder.experts:

@@ -346,6 +346,8 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
             raise ValueError("give pixel_values or media_features, not both")
         if self._recomputes_layers:
             use_cache = False
+            if past_key_values is not None and past_key_values.get_seq_length():
+                raise ValueError("gradient checkpointing computes layers without a cache, and past_key_values holds tokens")
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)

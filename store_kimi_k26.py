@@ -1,6 +1,7 @@
 """The store of experts: their weights as kernels want them, as many as memory is meant to hold."""
 
 import ctypes
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import accumulate
@@ -43,6 +44,7 @@ class ExpertStore:
         self.elsewhere: dict[torch.device, ExpertStore] = {}
         self.total: int | None = None  # bytes of all experts there are, where known
         self.cleared = 0  # times
+        self.turn = threading.RLock()  # held by who looks up, keeps or drops, and by a step that finds its experts by itself
         self.clear()
 
     @property
@@ -57,19 +59,24 @@ class ExpertStore:
         return self.elsewhere.setdefault(device, ExpertStore())
 
     def clear(self):
-        """Drop everything and begin to count anew. No other thread may be computing with the experts."""
+        """Drop everything and begin to count anew, after a step that other threads may be computing."""
         for other in self.elsewhere.values():
             other.clear()
-        self.cleared += 1
-        self.hits = self.misses = self.bytes_moved = self.bytes_held = 0
-        self._kept: OrderedDict = OrderedDict()  # key -> (stamp, layout), least recently used first
-        self._asked: Counter = Counter()
+        with self.turn:
+            self.cleared += 1
+            self.hits = self.misses = self.bytes_moved = self.bytes_held = 0
+            self._kept: OrderedDict = OrderedDict()  # key -> (stamp, layout), least recently used first
+            self._asked: Counter = Counter()
 
     def __reduce__(self):  # a copy, of the model or in a file, makes its own layouts
         return ExpertStore, (self.budget,), {"elsewhere": self.elsewhere, "total": self.total}
 
     def get(self, key, stamp, make: Callable):
         """The layout under `key`; made by `make()` where it is not there or was made of other tensors (`stamp`)."""
+        with self.turn:
+            return self._get(key, stamp, make)
+
+    def _get(self, key, stamp, make: Callable):
         self._asked[key] += 1
         if (self.hits + self.misses) % self.FORGET_AFTER == self.FORGET_AFTER - 1:
             self._asked = Counter({k: n // 2 for k, n in self._asked.items() if n > 1})
@@ -130,7 +137,7 @@ class NativeExpert(Layout):
         self.nbytes = sum(tensor.nbytes for tensor in tensors)
         dtypes = (torch.int32, torch.bfloat16) if len(tensors) == 6 else (torch.bfloat16,)
         self.usable = all(
-            tensor.dtype == dtypes[k % len(dtypes)] and tensor.is_contiguous() and tensor.device.type == "cpu"
+            type(tensor) is nn.Parameter and tensor.dtype == dtypes[k % len(dtypes)] and tensor.is_contiguous() and tensor.device.type == "cpu"
             for k, tensor in enumerate(tensors)
         )
         self._at = [tensor.data_ptr() for tensor in tensors]
@@ -149,7 +156,8 @@ class NativeExpert(Layout):
 
 
 class KnownExperts:
-    """Of one layer's [`KimiK26Experts`] those that the native kernels find by themselves: a table of addresses by number.
+    """Of one layer's [`KimiK26Experts`] those that the native kernels find by themselves: a table of addresses by number. Whoever
+    asks or changes it holds the store's `turn`.
 
     Attributes:
         address (`int`): of the table, which never moves; null for an expert that is not known.
@@ -195,13 +203,16 @@ class KnownExperts:
     def refresh(self):
         """Forget those that are no longer as they were, too."""
         self.follow()
-        self._forget([number for number, held in self._held.items() if not held.is_current()])
+        self._forget([number for number, held in self._held.items() if not self._is_current(number, held)])
+
+    def _is_current(self, number: int, held: NativeExpert) -> bool:
+        return self._experts._modules[str(number)] is held.expert and held.is_current()
 
     def one_is_current(self) -> bool:
         """Whether one of them, each at its turn, is as it was."""
         self._turn = (self._turn + 1) % len(self._experts)
-        one = self._held.get(self._turn) or next(iter(self._held.values()), None)
-        return one is None or one.is_current()
+        number = self._turn if self._turn in self._held else next(iter(self._held), None)
+        return number is None or self._is_current(number, self._held[number])
 
     def let_go(self):
         """After use: under a budget the store decides what stays in memory, and must be asked each time."""
@@ -215,7 +226,7 @@ class KnownExperts:
         if numbers:
             library().kimi_unready(i64(0), address(self.address))  # a graph may be reading them
         for number in numbers:
-            self._held.pop(number, None)  # another thread may have done so
+            del self._held[number]
 
 
 class CpuExpert(Layout):

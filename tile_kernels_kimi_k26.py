@@ -87,6 +87,7 @@ template <class T, class F> static void linear(const bf16* w, i64 k, const bf16*
         if (some == 1) memcpy(to, given[0], k * sizeof(bf16));
         else pack(given, some, k / 2, to, some);
         memset(to + k / 2 * some, 0, (steps * 16 - k / 2) * some * sizeof *to);
+        if (k % 2) for (i64 r = 0; r < some; r++) memcpy(to + k / 2 * some + r, given[r] + k - 1, sizeof(bf16));  // one that has no pair
     }
     struct { Range outputs; i64 first, rows; } made = {};
     alignas(64) __m512 column[2][LANES];

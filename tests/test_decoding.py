@@ -1,6 +1,8 @@
 """When a step takes the native kernels, and that it sees whatever is done to the model and its cache."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -237,3 +239,129 @@ def test_weights_that_move_are_not_kept():
     assert model.language_model.model.native is not None
     model.to(torch.float32)
     assert model.language_model.model.native is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frequency", [2, 3])
+def test_layers_that_route_among_others_that_do_not(frequency):
+    """Of which the last is one, or the first."""
+    model = make({"num_hidden_layers": 4, "first_k_dense_replace": 0, "moe_layer_freq": frequency, "num_experts_per_tok": 8})
+    ids = torch.randint(0, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    want = copy.deepcopy(model).float()(ids).logits[:, 5:]
+    got = torch.cat(list(going_on(model, ids)), dim=1)
+    assert model.language_model.model.native.fits and error(got, want) < 0.05
+
+
+@torch.no_grad()
+def test_another_number_of_experts_is_seen():
+    """In prompts and in steps, in all layers or one."""
+    model = make({"num_hidden_layers": 3, "num_experts_per_tok": 8})
+    routers = [layer.mlp.gate for layer in model.language_model.model.layers if hasattr(layer.mlp, "gate")]
+    ids = torch.randint(0, 90, (1, 40), generator=torch.Generator().manual_seed(0))
+    for changed in ([], routers, routers[-1:]):
+        for router in routers:
+            router.top_k = 8 - 6 * (router in changed)
+        plain = copy.deepcopy(model).float()
+        for length in (40, 6):
+            want = plain(ids[:, :length], output_router_logits=True)
+            got = model(ids[:, :length], use_cache=True, output_router_logits=True)
+            alike = torch.ones(length, dtype=torch.bool)  # what chose the same experts
+            for ours, theirs, router in zip(got.router_logits, want.router_logits, routers):
+                choice = [(logits.sigmoid() + router.e_score_correction_bias).topk(router.top_k).indices.sort().values for logits in (ours, theirs)]
+                alike &= (choice[0] == choice[1]).all(-1)
+            last = int(alike.long().cumprod(0).sum())  # and comes after none that did not
+            assert last and error(got.logits[:, :last], want.logits[:, :last]) < 0.05, (len(changed), length)
+
+
+@torch.no_grad()
+def test_an_expert_put_in_the_place_of_another_is_seen_at_the_next_prompt():
+    model = make({"num_experts_per_tok": 8})
+    experts = model.language_model.model.layers[1].mlp.experts
+    ids = torch.randint(0, 90, (1, 40), generator=torch.Generator().manual_seed(0))
+    for length in (6, 40):
+        before = model(ids[:, :length], use_cache=True).logits
+        other = copy.deepcopy(experts[3])
+        other.down_proj.weight_scale.data *= 3
+        experts[3] = other
+        want = copy.deepcopy(model)(ids[:, :length], use_cache=True).logits
+        got = model(ids[:, :length], use_cache=True).logits
+        assert torch.equal(got, want) and not torch.equal(got, before)
+
+
+class Elsewhere(torch.Tensor):
+    """A weight whose numbers are not in a memory of its own."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        unwrap = torch.utils._pytree.tree_map_only
+        out = function(*unwrap(cls, lambda one: one.held, args), **unwrap(cls, lambda one: one.held, kwargs or {}))
+        return cls(out) if function is torch.ops.aten.detach.default else out
+
+
+@torch.no_grad()
+def test_weights_without_memory_of_their_own_are_not_read():
+    model = make({})
+    ids = torch.randint(0, 90, (1, 6), generator=torch.Generator().manual_seed(0))
+    want = model(ids, use_cache=True).logits
+    projection = model.language_model.model.layers[0].self_attn.o_proj
+    projection.weight = torch.nn.Parameter(Elsewhere(projection.weight.detach()), requires_grad=False)
+    assert error(model(ids, use_cache=True).logits, want.float()) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_of_another_model_is_refused(kind):
+    model, other = make({}), make({"kv_lora_rank": 32})
+    ids = torch.randint(0, 90, (1, 6), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=other.config.text_config, max_cache_len=16)
+    other(ids, past_key_values=cache)
+    with pytest.raises((ValueError, RuntimeError), match="wide|shape"):
+        model(ids[:, :1], past_key_values=cache, cache_position=torch.tensor([6]))
+
+
+@torch.no_grad()
+def test_a_cache_of_other_sequences_is_refused():
+    model, ids = make({}), torch.randint(0, 90, (2, 6), generator=torch.Generator().manual_seed(0))
+    for each in (model, model.float()):
+        cache = DynamicCache()
+        each(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"the cache holds \(2, 1, 6, 64\).* no tokens of 1 sequences"):
+            each(ids[:1, :1], past_key_values=cache)
+
+
+def test_threads_begin_together(monkeypatch):
+    """The second is given the first one's decoder and table of experts, though it comes while these are made."""
+    model, ids = make({}), torch.randint(0, 90, (1, 6), generator=torch.Generator().manual_seed(0))
+    text = lambda: model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)  # noqa: E731
+    want = copy.deepcopy(model).generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    begin, made = decoding_kimi_k26.NativeDecoder.__init__, []
+
+    def slowly(self, owner):
+        begin(self, owner)
+        made.append(self)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(decoding_kimi_k26.NativeDecoder, "__init__", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        texts = [threads.submit(text) for _ in range(4)]
+        assert all(torch.equal(one.result(timeout=60), want) for one in texts)
+    assert len(made) == 1
+
+
+@torch.no_grad()
+def test_experts_may_be_dropped_while_others_decode():
+    model, ids = make({}), torch.randint(0, 90, (1, 6), generator=torch.Generator().manual_seed(0))
+    text = lambda: model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)  # noqa: E731
+    want = text()
+    with ThreadPoolExecutor(3) as threads:
+        texts = [threads.submit(text) for _ in range(9)]
+        while not all(one.done() for one in texts):
+            model.expert_store.clear()
+        assert all(torch.equal(one.result(), want) for one in texts)

@@ -69,7 +69,7 @@ def test_a_batch_is_its_rows(shape, threads, monkeypatch):
 
 
 @pytest.mark.usefixtures("each_kind")
-@pytest.mark.parametrize("rows, outputs, inputs_", [(1, 5, 32), (2, 33, 64), (7, 16, 96), (20, 50, 160), (1, 4096, 48), (40, 18, 1120)])
+@pytest.mark.parametrize("rows, outputs, inputs_", [(1, 5, 32), (2, 33, 64), (7, 16, 96), (20, 50, 160), (1, 4096, 48), (40, 18, 1120), (1, 20, 33), (3, 20, 41), (17, 20, 1)])
 def test_few_rows(rows, outputs, inputs_):
     torch.manual_seed(0)
     x, weight = torch.randn(rows, inputs_).bfloat16(), torch.randn(outputs, inputs_).bfloat16()

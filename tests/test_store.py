@@ -3,6 +3,9 @@
 import copy
 import mmap
 import pickle
+import random
+import sys
+import threading
 
 import pytest
 import torch
@@ -58,6 +61,31 @@ def test_the_store_counts_and_keeps_what_fits():
     before = store.misses
     get("c")
     assert store.misses == before
+
+
+def test_threads_share_a_store():
+    """Six of them, switched as often as Python can: what is counted as held is what is there."""
+    store, failed = ExpertStore(budget=100), []
+
+    def work(seed):
+        keys = random.Random(seed)
+        try:
+            for _ in range(5000):
+                store.get(keys.randrange(14), 0, lambda: Sized(10))
+        except Exception as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed and store.bytes_held == 10 * len(store._kept) and store.hits + store.misses == 30_000
 
 
 def test_a_layout_is_made_again_when_its_tensors_change():

@@ -423,3 +423,18 @@ def test_a_balancing_loss_from_the_router_logits():
         optimizer.zero_grad()
         seen.append(float(balance.detach()))
     assert seen[-1] < seen[0] and loads(model, ids).var() < 0.7 * at_first.var()
+
+
+def test_recomputed_layers_take_no_tokens_from_a_cache(model):
+    """They write none, so what comes next would see nothing of it, or too much."""
+    ids = torch.arange(6).unsqueeze(0)
+    with torch.no_grad():
+        cache = model.eval()(ids, use_cache=True).past_key_values
+    model.train()
+    model.gradient_checkpointing_enable()
+    try:
+        with pytest.raises(ValueError, match="gradient checkpointing .* past_key_values"):
+            model(ids, past_key_values=cache)
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
