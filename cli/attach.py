@@ -76,7 +76,11 @@ def run(args) -> int:
             side = recover(folder)
             print("an earlier run was interrupted: " + ("finished it" if side == "new" else "undid it"))
         work = functools.partial(undo, force=args.force) if args.undo else attach
-        for line in work(folder, dry_run=args.dry_run):
+        try:
+            lines = work(folder, dry_run=args.dry_run)
+        except OSError as error:
+            raise CommandError(f"{error.filename or args.folder}: {error.strerror or error}; nothing has changed") from error
+        for line in lines:
             print(line)
     return 0
 

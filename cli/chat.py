@@ -3,7 +3,6 @@
 `Screen` is where answers appear, `Chat` reads the lines; what is said and read is kept by `Dialogue` (`dialogue.py`).
 """
 
-import argparse
 import glob
 import os
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .dialogue import THINKING, TOP_P, ChatError, Dialogue, Settings
-from .loading import add_options, load_checkpoint, positive
+from .loading import add_options, between, load_checkpoint, positive
 
 try:
     import readline  # gives `input` its history and editing
@@ -327,19 +326,6 @@ def editing(history: Path | None):
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
-
-
-def between(low: float, high: float):
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"a number from {low:g} to {high:g} is needed, not {text!r}")
-        return value
-
-    return number
 
 
 def add_arguments(parser) -> None:

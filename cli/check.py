@@ -5,6 +5,7 @@ checkpoint is, and what is wrong with the tokenizer and the other small files. W
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ NEEDED_TOKENS = (
     "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>",
     "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>",
 )  # fmt: skip
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "max_length", "max_new_tokens")
 END_TOKENS = ("<|im_end|>", "[EOS]", "[EOT]")
 
 
@@ -127,15 +129,31 @@ def _small_files(folder: Path, config: dict | None) -> list:
 
     contents, findings = {"config.json": config or {}}, []
     for name in JSON_FILES:
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):  # a link that leads nowhere is missing
             contents[name], wrong = _object(folder, name)
             findings += wrong
     if contents.get("preprocessor_config.json") is not None:
         try:
-            KimiK26ImageProcessor.from_pretrained(folder)
+            processor = KimiK26ImageProcessor.from_pretrained(folder)
+            findings += _patches(processor.media_config(), contents["config.json"].get("vision_config"))
         except Exception as error:  # whatever it is, a user would meet it
             findings.append(Finding("preprocessor_config.json", None, _words(error)))
+    for key, value in (contents.get("generation_config.json") or {}).items():
+        if key in SAMPLING and (isinstance(value, bool) or not isinstance(value, (int, float, type(None)))):
+            findings.append(Finding("generation_config.json", key, f"must be a number, got {value!r}"))
     return findings + _tokenizer(folder, contents)
+
+
+def _patches(made, read) -> list:
+    """What the model does not take of the patches that the image processor makes."""
+    from ..checkpoint_kimi_k26 import Finding
+
+    findings = []
+    for key, own in (("patch_size", made.patch_size), ("merge_kernel_size", list(made.merge))):
+        wanted = read.get(key, own) if isinstance(read, dict) else own
+        if (list(wanted) if isinstance(wanted, (list, tuple)) else wanted) != own:
+            findings.append(Finding("preprocessor_config.json", key, f"is {own}; config.json has {wanted}"))
+    return findings
 
 
 def _tokenizer(folder: Path, contents: dict) -> list:
@@ -191,6 +209,9 @@ def _names(content: dict, added: dict[int, str]) -> list:
             report(key, f"is {text!r}, which added_tokens_decoder does not have")
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = content.get(key) or []
+        if not isinstance(listed, (list, dict)):
+            report(key, f"must be a list of tokens, got {listed!r}")
+            continue
         for text in map(_text, listed.values() if isinstance(listed, dict) else listed):
             if text not in texts:
                 report(key, f"has {text!r}, which added_tokens_decoder does not have")
@@ -209,7 +230,9 @@ def _ids_of(file: str, values: dict, content: dict, added: dict[int, str], where
         wanted = {index: text for index, text in added.items() if text in allowed}
         value = values.get(key)
         for index in value if isinstance(value, list) else [value]:
-            if index is not None and wanted and index not in wanted:
+            if index is not None and type(index) is not int:
+                findings.append(Finding(file, where + key, f"must be a token id, a list of token ids, or null, got {value!r}"))
+            elif index is not None and wanted and index not in wanted:
                 ids = ", ".join(f"{index} {text}" for index, text in wanted.items())
                 problem = f"is {index!r} ({added.get(index, 'an unnamed token')}); {TOKENIZER_CONFIG} has {ids}"
                 findings.append(Finding(file, where + key, problem))
@@ -233,7 +256,9 @@ def _loads(folder: Path) -> list:
         return [Finding(TOKENIZER_CONFIG, None, _words(error))]
     if tokenizer.chat_template is not None:
         try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+            shown = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+            if "Hello" not in shown:
+                return [Finding("chat_template.jinja", None, "does not show what is said: a message is not in the text it makes")]
         except Exception as error:
             return [Finding("chat_template.jinja", None, _words(error))]
     return []

@@ -12,10 +12,27 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def between(low: float, high: float, kind: type = float):
+    """What reads a number of this kind, of these bounds or in between."""
+
+    def number(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            named = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"a {named} from {low:g} to {high:g} is needed, not {text!r}")
+        return value
+
+    return number
+
+
 def add_options(parser) -> None:
     """The options of `load_checkpoint`, by its names."""
     group = parser.add_argument_group("the model")
-    group.add_argument("--dtype", default="auto", help="of plain weights: auto (the checkpoint's), bfloat16, float32")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    group.add_argument("--dtype", default="auto", choices=dtypes, help="of plain weights; auto is the checkpoint's (%(default)s)")
     group.add_argument("--memory", metavar="SIZE", help="main memory for weights, such as 48GiB")
     group.add_argument("--expert-budget", metavar="SIZE", help="memory for prepared experts")
     group.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
@@ -66,6 +83,6 @@ def load_checkpoint(
             device_map="auto",
             **{key: value for key, value in budgets.items() if value is not None},
         ).eval()
-    except (ValueError, AttributeError, OSError) as error:  # AttributeError: a dtype that PyTorch has not
+    except (ValueError, OSError) as error:
         raise CommandError(f"{folder} cannot be loaded: {error}") from error
     return processor, model

@@ -74,6 +74,9 @@ def run(args) -> int:
     logging.set_verbosity_error()
     try:
         lines = convert(args.source, args.target, args.to, bar)
+    except OSError as error:
+        again = "run the command again to go on from there"
+        raise CommandError(f"{error.filename or args.target}: {error.strerror or error}; {again}") from error
     finally:
         logging.set_verbosity(verbosity)
     for line in lines:
@@ -133,7 +136,7 @@ def convert(source: Path, target: Path, to: str = "int4", bar: Callable | None =
     record = _begin(source, target, to, checkpoint, [*plans, *others])
     needed = sum(piece.size for name, pieces in plans.items() if name not in record["done"] for piece in pieces)
     if shutil.disk_usage(target).free < needed:
-        raise CommandError(f"{target} has not enough room: {needed / 2**30:.1f} GiB more are needed")
+        raise CommandError(f"{target} has not enough room: {needed / 2**20:,.0f} MiB more are needed")
     kept = 0
     total = sum(_read_size(checkpoint, pieces) for pieces in plans.values())
     with bar(total) if bar else _NoBar() as progress:

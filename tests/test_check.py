@@ -381,6 +381,25 @@ SMALL_FILES = {
     "preprocessor wrong": (
         edit_json("preprocessor_config.json", lambda c: c["media_proc_cfg"].update(patch_size="x")),
         "preprocessor_config.json", None, "patch_size", True),
+    "preprocessor of another model": (
+        edit_json("preprocessor_config.json", lambda c: c["media_proc_cfg"].update(patch_size=5)),
+        "preprocessor_config.json", "patch_size", "is 5; config.json has", True),
+    "preprocessor a link to nothing": (
+        lambda f: (f / "preprocessor_config.json").unlink() or (f / "preprocessor_config.json").symlink_to("nowhere"),
+        "preprocessor_config.json", None, "is missing", True),
+    "an end that is a list of lists": (
+        edit_json("generation_config.json", lambda c: c.update(eos_token_id=[[1]])), "generation_config.json", "eos_token_id",
+        "got [[1]]", True),
+    "an id that is a dict": (
+        edit_json("generation_config.json", lambda c: c.update(pad_token_id={"a": 1})), "generation_config.json", "pad_token_id",
+        "got {'a': 1}", True),
+    "a list where a number must be": (
+        edit_json("generation_config.json", lambda c: c.update(top_p=[])), "generation_config.json", "top_p", "must be a number", True),
+    "special tokens that are a number": (
+        edit_json("tokenizer_config.json", lambda c: c.update(additional_special_tokens=5)), "tokenizer_config.json",
+        "additional_special_tokens", "must be a list of tokens, got 5", False),
+    "a template that shows nothing": (
+        lambda f: (f / "chat_template.jinja").write_text("x"), "chat_template.jinja", None, "does not show", True),
     "template broken": (
         lambda f: (f / "chat_template.jinja").write_text("{% if %}"), "chat_template.jinja", None, "", True),
     "a shard too many": (

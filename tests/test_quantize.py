@@ -300,3 +300,17 @@ def test_command(plain, tmp_path, capsys):
     assert "96 expert weights as bfloat16" in capsys.readouterr().out
     assert main(["quantize", str(plain), str(tmp_path / "out")]) == 1
     assert "no unfinished conversion" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_and_where_to_go_on(tmp_path, monkeypatch, capsys):
+    source, target = tmp_path / "in", tmp_path / "out"
+    make_tiny_checkpoint(source)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(quantize, "_checksum", full)
+    assert main(["quantize", str(source), str(target), "--to", "bfloat16"]) == 1
+    assert f"{target}: No space left on device; run the command again" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["quantize", str(source), str(target), "--to", "bfloat16"]) == 0

@@ -616,3 +616,14 @@ def test_missing_packages_are_named(tiny_checkpoint, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     assert main(["serve", str(tiny_checkpoint)]) == 1
     assert "needs llguidance: pip install 'kimi-k26[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--port", "99999"), ("--port", "-1"), ("--timeout", "-5"), ("--timeout", "nan"), ("--max-media", "-1"), ("--grace", "-3"),
+     ("--max-video-seconds", "0"), ("--dtype", "int8"), ("--dtype", "banana")],
+)  # fmt: skip
+def test_options_that_make_no_server(option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "nowhere", f"{option}={value}"])
+    assert stop.value.code == 2 and f"argument {option}: " in (said := capsys.readouterr().err) and value in said

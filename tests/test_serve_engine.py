@@ -472,3 +472,8 @@ def test_penalties_bias_and_log_probabilities():
     assert [token for token, _ in told.top] == [0, 1]
     assert told.top[0][1] == pytest.approx(float(logits.log_softmax(-1)[0]), abs=1e-5)
     assert torch.equal(logits, torch.tensor([2.0, 1.9, 0.0, -3.0]))  # left as they were
+
+
+def test_seeds_below_zero_are_seeds_of_their_own():
+    first = [Sampler(Settings(), seed).random.random() for seed in range(-5, 6)]
+    assert len(set(first)) == 11 and first == [Sampler(Settings(), seed).random.random() for seed in range(-5, 6)]

@@ -215,3 +215,8 @@ def test_what_cannot_be_enforced(vocabulary, schema, says):
     else:
         reply = say(vocabulary, guides.json(schema, False, False), False, 1, 3000)
         assert set(json.loads(reply["content"])) == {"a"}
+
+
+def test_all_of_what_is_wrong_with_a_pattern_is_said(vocabulary):
+    with pytest.raises(SchemaError, match="response_format cannot be enforced: .*unclosed group"):
+        vocabulary[1].json({"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}, "required": ["a"]}, True, False)

@@ -12,13 +12,13 @@ import signal
 from pathlib import Path
 
 from .. import CommandError
-from ..loading import add_options, load_checkpoint
+from ..loading import add_options, between, load_checkpoint
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("folder", type=Path, help="a checkpoint")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="(%(default)s); 0 takes a free one")
+    parser.add_argument("--port", type=between(0, 65535, int), default=8000, help="(%(default)s); 0 takes a free one")
     parser.add_argument("--model-name", action="append", metavar="NAME", help="as clients call it; the folder's name")
     parser.add_argument("--api-key", action="append", default=[], metavar="KEY", help="ask clients for it")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line: other users see no file")
@@ -33,13 +33,13 @@ def add_arguments(parser) -> None:
     group.add_argument("--max-length", type=int, help="tokens of prompt and reply together; the model's own")
     group.add_argument("--default-tokens", type=int, default=32768, help="of a reply that sets no limit (%(default)s)")
     group.add_argument("--max-body", default="64MiB", metavar="SIZE", help="of a request (%(default)s)")
-    group.add_argument("--max-media", type=int, default=32, help="pictures and videos (%(default)s)")
-    group.add_argument("--max-video-seconds", type=float, default=120.0, help="of one video (%(default)s)")
-    group.add_argument("--timeout", type=float, default=600.0, help="seconds for an answer (%(default)s)")
+    group.add_argument("--max-media", type=between(0, 1_000_000, int), default=32, help="pictures and videos (%(default)s)")
+    group.add_argument("--max-video-seconds", type=between(0.001, 1e6), default=120.0, help="of one video (%(default)s)")
+    group.add_argument("--timeout", type=between(0.001, 1e6), default=600.0, help="seconds for an answer (%(default)s)")
     group.add_argument("--allow-media-host", action="append", default=[], metavar="HOST", help="load media from it too")
     group.add_argument("--fixed-sampling", action="store_true", help="refuse other sampling settings than the model's")
     group = parser.add_argument_group("the process")
-    group.add_argument("--grace", type=float, default=30.0, help="seconds to finish answers when stopped (%(default)s)")
+    group.add_argument("--grace", type=between(0, 1e6), default=30.0, help="seconds to finish answers when stopped (%(default)s)")
     group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 

@@ -185,7 +185,7 @@ class Guides:
         grammar = llguidance.LLMatcher.grammar_from_lark(lark)
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise SchemaError(_first_line(matcher.get_error()))
+            raise SchemaError(_in_one_line(matcher.get_error()))
         banned = [self._ids[THINK]] if THINK in self._ids else []
         banned += map(self.id_of, TOOL_MARKERS)
         entry = None
@@ -227,7 +227,7 @@ class Guides:
             exact["x-guidance"] = {**LAYOUT, "lenient": True, "coerce_one_of": True}
             error = self._judge(exact)
         if error:
-            raise SchemaError(f"the schema of {place} cannot be enforced: {_first_line(error)}")
+            raise SchemaError(f"the schema of {place} cannot be enforced: {_in_one_line(error)}")
         return f"%json {json.dumps(exact)}"
 
     def _judge(self, schema: dict[str, Any]) -> str:
@@ -235,5 +235,5 @@ class Guides:
         return llguidance.LLMatcher.validate_grammar(grammar, self._vocabulary, limits=LIMITS)
 
 
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

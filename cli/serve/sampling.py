@@ -44,7 +44,7 @@ class Sampler:
 
     def __init__(self, settings: Settings, seed: Optional[int] = None):
         self.settings = settings
-        self.random = random.Random(seed)
+        self.random = random.Random(None if seed is None else seed % 2**64)  # which takes −3 for 3 otherwise
         self.said: Counter[int] = Counter()
 
     def note(self, token: int) -> None:

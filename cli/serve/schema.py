@@ -1,6 +1,6 @@
 """What a request to `/v1/chat/completions` may say: OpenAI's fields, both dialects of the thinking switch, and checks.
 
-Fields that are not known here change nothing, as on other engines.
+Fields that are not known here change nothing, as on other engines; in `chat_template_kwargs` they are refused.
 """
 
 import json

@@ -95,7 +95,7 @@ def failure(cause: str, seconds: float) -> ApiError:
     if cause == "stopped":
         return ApiError(503, "the server is stopping", code="stopping", retry_after=30)
     if cause == "schema":
-        return ApiError(400, "the reply cannot be kept to its schema, which is too large", code="invalid_schema")
+        return ApiError(400, "the reply cannot be kept to its schema, which is too large or refers to itself without end", code="invalid_schema")
     return ApiError(500, "the reply failed; the server's log says why", code="internal_error")
 
 
