@@ -46,12 +46,11 @@ class GrowingLayer(DynamicLayer):
 
     def takes(self, like: torch.Tensor, widths: tuple[int, int]) -> bool:
         """Whether tokens of rows such as `like`, `(batch, …)`, can follow: of this dtype, in so many rows, of these widths."""
-        if not self.is_initialized:
-            return True
+        return not self.is_initialized or (self.dtype == like.dtype and self._holds(like.size(0), widths))
+
+    def _holds(self, sequences: int, widths: tuple[int, int]) -> bool:
         held = (self.keys, self.values) if self._replaced else self._room
-        return self.dtype == like.dtype and all(
-            (part.size(0), part.size(1), part.size(3)) == (like.size(0), 1, width) for part, width in zip(held, widths)
-        )
+        return all((part.size(0), part.size(1), part.size(3)) == (sequences, 1, width) for part, width in zip(held, widths))
 
     def extend(self, like: torch.Tensor, widths: tuple[int, int], new: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Let `keys` and `values` cover `new` more tokens, which the caller writes.
@@ -63,16 +62,17 @@ class GrowingLayer(DynamicLayer):
         Returns:
             Two tensors `(batch, 1, length or more, width)`, which begin with what is held of the first token, and how many
             tokens there were.
+
+        Raises:
+            ValueError: it holds other sequences or widths.
         """
         if not self.is_initialized:
             self.dtype, self.device = like.dtype, like.device
             self.keys, self.values = (like.new_empty(like.shape[0], 1, 0, width) for width in widths)
             self.is_initialized = True
-        elif not self.takes(like, widths):
-            shapes = f"{tuple(self.keys.shape)} and {tuple(self.values.shape)}, {self.dtype}"
-            raise ValueError(
-                f"the cache holds {shapes}: no tokens of {like.shape[0]} sequences, {widths[0]} and {widths[1]} wide, {like.dtype}, can follow"
-            )
+        elif not self._holds(like.shape[0], widths):
+            shapes = f"{tuple(self.keys.shape)} and {tuple(self.values.shape)}"
+            raise ValueError(f"the cache holds {shapes}: no tokens of {like.shape[0]} sequences, {widths[0]} and {widths[1]} wide, can follow")
         before = self.keys.size(2) if self._replaced else self._length
         if not self._fits(before + new):
             size = before + new + max(64, (before + new) // 8)

@@ -145,10 +145,10 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return index
 
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
-        for name in map(str, new_tokens):
+        for name in map(str, new_tokens or ()):
             # The library looks names up in `get_vocab`, where byte pairs have the printable form of their bytes.
             index = self._own_id(name)
-            if index is not None and index not in self._encoding._special_tokens.values() and spelled(name) != name.encode():
+            if index is not None and index < len(self._encoding._mergeable_ranks) and spelled(name) != name.encode():
                 raise ValueError(f"{name!r} cannot be added: in this vocabulary it is how the bytes {spelled(name)!r} are written (id {index})")
         if new_tokens:
             return super()._add_tokens(new_tokens, special_tokens)
