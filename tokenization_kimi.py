@@ -51,7 +51,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         kwargs: as for every tokenizer of the library.
 
     Raises:
-        ValueError: the vocabulary file is malformed, or none of the 256 special ids has a name.
+        ValueError: the vocabulary file is malformed, none of the 256 special ids has a name, or special tokens are no list.
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -86,6 +86,9 @@ class TikTokenTokenizer(PreTrainedTokenizer):
 
         # The library lists the special tokens twice: here, and by flag in added_tokens_decoder. Version 5 renamed the
         # list; it is kept under the old name, which both read.
+        for name in ("extra_special_tokens", "additional_special_tokens"):
+            if not isinstance(kwargs.get(name) or [], (list, tuple, dict)):
+                raise ValueError(f"{name} must be a list of tokens, got {kwargs[name]!r}")
         listed = kwargs.pop("extra_special_tokens", None)
         if isinstance(listed, dict):
             kwargs["extra_special_tokens"] = listed

@@ -83,6 +83,6 @@ def load_checkpoint(
             device_map="auto",
             **{key: value for key, value in budgets.items() if value is not None},
         ).eval()
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, OSError) as error:  # of the last but one: a dtype that PyTorch has not
         raise CommandError(f"{folder} cannot be loaded: {error}") from error
     return processor, model

@@ -43,7 +43,7 @@ def test_memory_bounds_main_memory_and_leaves_the_accelerators_in_use(tiny_check
     ]
 
 
-@pytest.mark.parametrize("options", [{"dtype": "float99"}, {"memory": "much"}, {"expert_budget": "some"}])
+@pytest.mark.parametrize("options", [{"dtype": "float99"}, {"dtype": "int8"}, {"memory": "much"}, {"expert_budget": "some"}])
 def test_what_a_model_does_not_take(tiny_checkpoint, options):
     with pytest.raises(CommandError, match="cannot be loaded: "):
         loading.load_checkpoint(tiny_checkpoint, **options)
