@@ -44,10 +44,6 @@ class GrowingLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self._replaced else self._length
 
-    def takes(self, like: torch.Tensor, widths: tuple[int, int]) -> bool:
-        """Whether tokens of rows such as `like`, `(batch, …)`, can follow: of this dtype, in so many rows, of these widths."""
-        return not self.is_initialized or (self.dtype == like.dtype and self._holds(like.size(0), widths))
-
     def _holds(self, sequences: int, widths: tuple[int, int]) -> bool:
         held = (self.keys, self.values) if self._replaced else self._room
         return all((part.size(0), part.size(1), part.size(3)) == (sequences, 1, width) for part, width in zip(held, widths))

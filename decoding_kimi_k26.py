@@ -172,8 +172,6 @@ def routing_of(mlp: nn.Module) -> Optional[tuple]:
     return router and (router.top_k, router.n_group, router.topk_group, router.normalize, router.scaling)
 
 
-_finding = threading.RLock()  # a decoder is made by one thread
-
 Place = tuple[torch.Tensor, torch.Tensor, int]  # latents and rotary keys of a layer, and how many tokens are before the new ones
 
 
@@ -209,14 +207,15 @@ class NativeDecoder:
         self._latents = [call.latents for call in self.calls]
         self._turn = threading.Lock()  # for all that a run sets and reads, where there are no experts
         self.experts = [part.layer.mlp.experts for part in self.parts if part.has_experts]
+        self.known = [experts.known for experts in self.experts]
         self._next = None  # where the sequence goes on: see `is_current`
         self._looks = 0
         self._scratch = None  # see `_room`
-        found = iter(self.experts)
+        found = iter(self.known)
         for call, part in zip(self.calls, self.parts):
             call.attention, call.feed_forward = part.attention, part.feed_forward
             if part.has_experts:
-                call.experts = next(found).known.address
+                call.experts = next(found).address
 
     def __reduce__(self):
         return type(None), ()  # addresses are no good in a copy
@@ -291,15 +290,15 @@ class NativeDecoder:
             number = sum(part.has_experts for part in self.parts[:at])
             picked, layer = set(chosen[number].flatten().tolist()), self.parts[at].layer
             layer.mlp.experts.announce(picked, normed.flatten(0, 1))
-            routed = int(layer.mlp.experts.known.learn(picked))
+            routed = int(self.known[number].learn(picked))
             asked += len(picked) if routed else 0
             if not routed:  # adapters or hooks on an expert
                 x.copy_(middle + layer.mlp(layer.post_attention_layernorm(middle))[0])
                 at += 1
         if self.experts:
             self.experts[0].store.hits += step.used - asked  # of what was known, nobody was asked
-        for experts in self.experts:
-            experts.known.let_go()
+        for known in self.known:
+            known.let_go()
         return x, logits, scores
 
     def _room(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -314,9 +313,9 @@ class NativeDecoder:
     def _refresh_experts(self, thorough: bool):
         """Let the tables have no expert that is not as it was. Where that is not `thorough`, one is looked at, each at its
         turn: what is done to all is seen at once."""
-        thorough = thorough or self.experts and not self.experts[self._looks % len(self.experts)].known.one_is_current()
-        for experts in self.experts:
-            experts.known.refresh() if thorough else experts.known.follow()
+        thorough = thorough or self.known and not self.known[self._looks % len(self.known)].one_is_current()
+        for known in self.known:
+            known.refresh() if thorough else known.follow()
 
 
 def layers_of(owner: nn.Module):
@@ -328,7 +327,7 @@ def layers_of(owner: nn.Module):
 def has_room(layer, x: torch.Tensor, span, widths: tuple[int, int]) -> bool:
     """Whether the kernels can write the new tokens into this layer of a cache, latents and rotary keys of these widths."""
     if isinstance(layer, LatentLayer):
-        return layer.takes(x, widths)
+        return not layer.is_initialized or layer.dtype == x.dtype  # it refuses what does not fit otherwise
     return (
         type(layer) is StaticLayer
         and layer.is_initialized
@@ -337,6 +336,9 @@ def has_room(layer, x: torch.Tensor, span, widths: tuple[int, int]) -> bool:
         and span.begin + x.shape[1] <= layer.keys.shape[2]
         and int(getattr(layer, "cumulative_length", span.begin)) == span.begin  # transformers 5 writes where it has counted to
     )
+
+
+_finding = threading.RLock()  # a decoder is made by one thread
 
 
 def decoder_of(owner: nn.Module, *where) -> NativeDecoder:

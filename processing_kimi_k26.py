@@ -146,8 +146,7 @@ class KimiK26Processor(ProcessorMixin):
             if text is None or images is not None or videos is not None:
                 raise ValueError("medias go with text, and without images and videos")
             return self._as_published(texts, medias, kwargs, return_tensors)
-        options = self._sort_options(kwargs)
-        return_tensors = options.return_tensors if return_tensors is None else return_tensors
+        options = self._sort_options(kwargs, return_tensors)
         pictures, picture_counts = nest(images, is_image, len(texts or ()))
         films, film_counts = nest(videos, is_video, len(texts or ()))
         rates = spread_fps(_rates(options.fps, options.video_metadata), films)
@@ -155,28 +154,28 @@ class KimiK26Processor(ProcessorMixin):
         items += [MediaItem("video", one, fps, f"videos[{at}]") for at, (one, fps) in enumerate(zip(films, rates))]
         counts = {"image": picture_counts, "video": film_counts}
         prompts = None if texts is None else [RenderedChat(one) for one in texts]
-        return self._build(prompts, items, counts, options, return_tensors)
+        return self._build(prompts, items, counts, options)
 
     def _as_published(self, texts, medias, kwargs, return_tensors) -> BatchFeature:
         """Texts as they are, and pictures, in the published form. `kwargs` of the call."""
         device = kwargs.pop("device", None)
-        options = self._sort_options(kwargs)
+        options = self._sort_options(kwargs, return_tensors)
         encoded = []
         for at, media in enumerate(medias):
             place = f"medias[{at}]"
             encoded.append(self._encode(MediaItem("image", picture_of(media, place), None, place), options))
-        data = self._tokenize([RenderedChat(one) for one in texts], None, options, return_tensors)
+        data = self._tokenize([RenderedChat(one) for one in texts], None, options)
         if encoded:
             data.update(join(encoded))
             data["pixel_values"] = data["pixel_values"].to(device)
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data, tensor_type=options.return_tensors)
 
-    def _build(self, chats, items, counts, options, return_tensors) -> BatchFeature:
+    def _build(self, chats, items, counts, options: "_Options") -> BatchFeature:
         """Media items and prompts to one batch. `counts`: items per prompt by kind, where the caller said it."""
         if chats is None and not items:
             raise ValueError("give text, images or videos: these lists are empty")
         if chats is None:
-            return BatchFeature(join([self._encode(item, options) for item in items]), tensor_type=return_tensors)
+            return BatchFeature(join([self._encode(item, options) for item in items]), tensor_type=options.return_tensors)
         places = [_placeholders(chat) if items else [] for chat in chats]
         if items:
             self._check_counts(places, items, counts)
@@ -193,10 +192,10 @@ class KimiK26Processor(ProcessorMixin):
                 encoded.append(media)
             prompts.append(chat.replace(edits))
             repeats.append(tokens)
-        data = self._tokenize(prompts, repeats if items else None, options, return_tensors)
+        data = self._tokenize(prompts, repeats if items else None, options)
         if encoded:
             data.update(join(encoded))
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data, tensor_type=options.return_tensors)
 
     def _encode(self, item: MediaItem, options: "_Options") -> EncodedMedia:
         with located(item.place):
@@ -216,7 +215,7 @@ class KimiK26Processor(ProcessorMixin):
 
     # -- ids --------------------------------------------------------------------------------------------------------
 
-    def _tokenize(self, prompts: list[RenderedChat], repeats, options, return_tensors) -> dict[str, Any]:
+    def _tokenize(self, prompts: list[RenderedChat], repeats, options: "_Options") -> dict[str, Any]:
         """Ids, cut and padded. `repeats`: tokens for each pad of each prompt, or None to leave pads alone."""
         want_mask = any(prompt.spoken is not None for prompt in prompts)
         columns = dict(
@@ -249,7 +248,7 @@ class KimiK26Processor(ProcessorMixin):
 
         batch = {"input_ids": columns.pop("input_ids")}
         if options.padding["padding"] is None:
-            several = return_tensors is not None and len({len(ids) for ids in batch["input_ids"]}) > 1
+            several = options.return_tensors is not None and len({len(ids) for ids in batch["input_ids"]}) > 1
             options.padding["padding"] = several
         data = dict(self.tokenizer.pad(batch, max_length=options.max_length, **options.padding))
         side = options.padding["padding_side"] or self.tokenizer.padding_side
@@ -325,7 +324,9 @@ class KimiK26Processor(ProcessorMixin):
 
         light, items, counts = self._take_media(conversations, is_batch)
         if tokenize:
-            self._fill_empty(items, call)
+            pictures, films = call.pop("images", None), call.pop("videos", None)
+            options = self._sort_options({"add_special_tokens": False, **call}, return_tensors)
+            self._fill_empty(items, pictures, films, options)
         chats = render_chats(
             self.tokenizer,
             light if is_batch else light[0],
@@ -343,9 +344,7 @@ class KimiK26Processor(ProcessorMixin):
         if not tokenize:
             texts = [chat.text for chat in chats]
             return texts if is_batch else texts[0]
-        options = self._sort_options({"add_special_tokens": False, **call})
-        return_tensors = options.return_tensors if return_tensors is None else return_tensors
-        output = self._build(chats, items, counts, options, return_tensors)
+        output = self._build(chats, items, counts, options)
         return output if return_dict else output["input_ids"]
 
     def _template(self, name_or_template: Optional[str]) -> Optional[str]:
@@ -383,13 +382,10 @@ class KimiK26Processor(ProcessorMixin):
                 numbers.append(sum(item.kind == kind for item in items[start:]))
         return light, items, counts
 
-    def _fill_empty(self, items: list[MediaItem], call: dict[str, Any]) -> None:
+    def _fill_empty(self, items: list[MediaItem], images: Any, videos: Any, options: "_Options") -> None:
         """Pictures and videos given beside the messages go, in order, to the parts that hold no data."""
-        films = nest(call.pop("videos", None), is_video, 0)[0]
-        grouped = call["videos_kwargs"] = dict(call.get("videos_kwargs") or {})
-        fps, metadata = (grouped.pop(name, call.pop(name, None)) for name in ("fps", "video_metadata"))
-        rates = spread_fps(_rates(fps, metadata), films)
-        pictures = nest(call.pop("images", None), is_image, 0)[0]
+        pictures, films = nest(images, is_image, 0)[0], nest(videos, is_video, 0)[0]
+        rates = spread_fps(_rates(options.fps, options.video_metadata), films)
         for kind, given in (("image", [(one, None) for one in pictures]), ("video", list(zip(films, rates)))):
             empty = [item for item in items if item.kind == kind and item.source is None]
             if len(empty) != len(given):
@@ -403,14 +399,15 @@ class KimiK26Processor(ProcessorMixin):
 
     # -- the library's face -------------------------------------------------------------------------------------------
 
-    def _sort_options(self, kwargs: dict[str, Any]) -> "_Options":
-        """Distributes the arguments of a call. Raises `TypeError` for one that nothing takes."""
+    def _sort_options(self, kwargs: dict[str, Any], return_tensors: Optional[str]) -> "_Options":
+        """Distributes the arguments of a call; its own `return_tensors` goes before those of its groups. Raises `TypeError` for one
+        that nothing takes."""
         flat = dict(kwargs)
         groups = {name: dict(flat.pop(name, None) or {}) for name in ("text_kwargs", "images_kwargs", "videos_kwargs")}
         flat.update(flat.pop("common_kwargs", None) or {})
         media = {key: flat.pop(key) for key in list(flat) if key in MEDIA_KEYS or key == "media_limits"}
         text = {**flat, **groups["text_kwargs"]}
-        return_tensors = text.pop("return_tensors", None)
+        grouped = text.pop("return_tensors", None)
         fps, metadata = text.pop("fps", None), text.pop("video_metadata", None)
         fps = groups["videos_kwargs"].pop("fps", fps)
         metadata = groups["videos_kwargs"].pop("video_metadata", metadata)
@@ -428,7 +425,7 @@ class KimiK26Processor(ProcessorMixin):
             videos={**media, **groups["videos_kwargs"]},
             fps=fps,
             video_metadata=metadata,
-            return_tensors=return_tensors,
+            return_tensors=grouped if return_tensors is None else return_tensors,
         )
 
     def get_num_image_tokens(self, height: int, width: int, **overrides) -> int:

@@ -84,11 +84,11 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             raise ValueError(f"special tokens must differ from each other and from the vocabulary; see {clash or added}")
         self._encoding = tiktoken.Encoding("kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
 
-        # The library lists the special tokens twice: here, and by flag in added_tokens_decoder. Version 5 renamed the
-        # list; it is kept under the old name, which both read.
         for name in ("extra_special_tokens", "additional_special_tokens"):
             if not isinstance(kwargs.get(name) or [], (list, tuple, dict)):
                 raise ValueError(f"{name} must be a list of tokens, got {kwargs[name]!r}")
+        # The library lists the special tokens twice: here, and by flag in added_tokens_decoder. Version 5 renamed the
+        # list; it is kept under the old name, which both read.
         listed = kwargs.pop("extra_special_tokens", None)
         if isinstance(listed, dict):
             kwargs["extra_special_tokens"] = listed
@@ -148,16 +148,16 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return index
 
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
-        for name in map(str, new_tokens or ()):
+        if not new_tokens:
+            self._update_trie()  # none, as at loading: the library would make the whole vocabulary to look for it
+            self._update_total_vocab_size()
+            return 0
+        for name in map(str, new_tokens):
             # The library looks names up in `get_vocab`, where byte pairs have the printable form of their bytes.
             index = self._own_id(name)
             if index is not None and index < len(self._encoding._mergeable_ranks) and spelled(name) != name.encode():
                 raise ValueError(f"{name!r} cannot be added: in this vocabulary it is how the bytes {spelled(name)!r} are written (id {index})")
-        if new_tokens:
-            return super()._add_tokens(new_tokens, special_tokens)
-        self._update_trie()  # none, as at loading: the library would make the whole vocabulary to look for it
-        self._update_total_vocab_size()
-        return 0
+        return super()._add_tokens(new_tokens, special_tokens)
 
     def _update_total_vocab_size(self):
         # The library calls this whenever the added tokens have changed.

@@ -151,7 +151,7 @@ def _patches(made, read) -> list:
     findings = []
     for key, own in (("patch_size", made.patch_size), ("merge_kernel_size", list(made.merge))):
         wanted = read.get(key, own) if isinstance(read, dict) else own
-        if (list(wanted) if isinstance(wanted, (list, tuple)) else wanted) != own:
+        if wanted != own:
             findings.append(Finding("preprocessor_config.json", key, f"is {own}; config.json has {wanted}"))
     return findings
 
