@@ -24,6 +24,7 @@ from .native_kimi_k26 import (
     finish,
     i64,
     is_plain,
+    is_readable,
     knows_group,
     library,
     many_rows,
@@ -65,8 +66,7 @@ class Weights:
         if parameter is None:
             return None
         dtype = torch.float32 if name == "e_score_correction_bias" else torch.bfloat16
-        plain = type(parameter) is nn.Parameter  # others may have no memory of their own
-        self.fits &= plain and parameter.dtype == dtype and parameter.is_contiguous() and parameter.device.type == "cpu"
+        self.fits &= is_readable(parameter, dtype)
         self._tensors.append((parameters, name, parameter.data_ptr()))
         self._memory.append(parameter.detach())
         return parameter.data_ptr()
@@ -451,11 +451,8 @@ def _reads_plainly(linear: nn.Module) -> bool:
     """Whether the kernels can read a linear layer: bfloat16 weights in main memory, nothing hung on it."""
     return (
         type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
         and is_plain(linear)
-        and linear.weight.dtype == torch.bfloat16
-        and linear.weight.is_contiguous()
-        and linear.weight.device.type == "cpu"
+        and is_readable(linear.weight, torch.bfloat16)
         and (linear.bias is None or (linear.bias.dtype == torch.bfloat16 and linear.bias.is_contiguous()))
         and library() is not None
     )

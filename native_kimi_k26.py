@@ -132,6 +132,12 @@ def is_plain(module: torch.nn.Module) -> bool:
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)
 
 
+def is_readable(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels can read a parameter as one of this dtype: in main memory, and its own, which subclasses may not have."""
+    plain = type(parameter) is torch.nn.Parameter
+    return plain and parameter.dtype == dtype and parameter.is_contiguous() and parameter.device.type == "cpu"
+
+
 def load(source: str):
     """The kernels compiled from `source`, or `None` where this machine cannot have them."""
     kernels = compiled("kernels", source, NEEDED, parallel=True, depends=torch.__version__)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .compiling_kimi_k26 import address, i64
 from .memory_kimi_k26 import release
-from .native_kimi_k26 import NativeAddresses, is_plain, library
+from .native_kimi_k26 import NativeAddresses, is_plain, is_readable, library
 from .quantization_kimi_k26 import CpuInt4, KimiK26Int4Linear, int4_linear
 from .triton_kimi_k26 import grouped_experts, table_for
 
@@ -136,10 +136,7 @@ class NativeExpert(Layout):
         self.expert = expert
         self.nbytes = sum(tensor.nbytes for tensor in tensors)
         dtypes = (torch.int32, torch.bfloat16) if len(tensors) == 6 else (torch.bfloat16,)
-        self.usable = all(
-            type(tensor) is nn.Parameter and tensor.dtype == dtypes[k % len(dtypes)] and tensor.is_contiguous() and tensor.device.type == "cpu"
-            for k, tensor in enumerate(tensors)
-        )
+        self.usable = all(is_readable(tensor, dtypes[k % len(dtypes)]) for k, tensor in enumerate(tensors))
         self._at = [tensor.data_ptr() for tensor in tensors]
         with_scales = self._at if len(tensors) == 6 else [value for at in self._at for value in (at, None)]  # none: bfloat16
         self._addresses = NativeAddresses(*with_scales)
