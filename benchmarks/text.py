@@ -115,26 +115,33 @@ def prompts(config: dict, batch: int, context: int, seed: int = 0) -> list[list[
     return [draw.choices(range(last), k=context) for _ in range(batch)]
 
 
-def measure(engines: list[Engine], config: dict, context: int, batch: int, rounds: int, steps: int) -> list[dict]:
-    """`rounds` times, every engine in turn: a prefill, then `steps` decode steps on it."""
-    rows = prompts(config, batch, context)
-    following = [list(column) for column in zip(*prompts(config, batch, steps, seed=1))]
-    prefills, decodes, logits = ({engine.name: [] for engine in engines} for _ in range(3))
+def measure(engines: list[Engine], config: dict, sizes: list[tuple[int, int]], rounds: int, steps: int) -> list[dict]:
+    """`rounds` times, for each of `sizes` (tokens of context, rows) every engine in turn: a prefill, then `steps` decode steps on it.
+
+    A round has all sizes, so that a machine that slows down meanwhile does so for all of them, and they compare, too.
+    """
+    prefills, decodes, logits = ({(*size, engine.name): [] for size in sizes for engine in engines} for _ in range(3))
     for number in range(rounds):
-        for engine in engines[number % len(engines) :] + engines[: number % len(engines)]:
-            reply = engine.ask("prefill", rows=rows)
-            prefills[engine.name].append(reply["seconds"])
-            logits[engine.name] = reply["logits"]
-            decodes[engine.name] += engine.ask("decode", steps=following)["seconds"]
-            took = f"prefill {reply['seconds']:8.3f} s, decode {statistics.median(decodes[engine.name]) * 1e3:8.2f} ms"
-            print(f"{context:6} x {batch}, round {number + 1}: {engine.name:16} {took}", file=sys.stderr)
+        for context, batch in sizes:
+            rows = prompts(config, batch, context)
+            following = [list(column) for column in zip(*prompts(config, batch, steps, seed=1))]
+            for engine in engines[number % len(engines) :] + engines[: number % len(engines)]:
+                key = context, batch, engine.name
+                reply = engine.ask("prefill", rows=rows)
+                prefills[key].append(reply["seconds"])
+                logits[key] = reply["logits"]
+                decodes[key] += engine.ask("decode", steps=following)["seconds"]
+                took = f"prefill {reply['seconds']:8.3f} s, decode {statistics.median(decodes[key]) * 1e3:8.2f} ms"
+                print(f"{context:6} x {batch}, round {number + 1}: {engine.name:16} {took}", file=sys.stderr)
     found = []
-    for what, taken in (("prefill", prefills), ("decode", decodes)):
-        for name, seconds in taken.items():
-            row = {"what": what, "engine": name, "context": context, "batch": batch}
-            row |= {"median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
-            row |= {"count": len(seconds), "apart": apart(logits[name], logits[engines[0].name])}
-            found.append(row)
+    for context, batch in sizes:
+        for what, taken in (("prefill", prefills), ("decode", decodes)):
+            for engine in engines:
+                seconds = taken[context, batch, engine.name]
+                row = {"what": what, "engine": engine.name, "context": context, "batch": batch}
+                row |= {"median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds), "count": len(seconds)}
+                row |= {"apart": apart(logits[context, batch, engine.name], logits[context, batch, engines[0].name])}
+                found.append(row)
     return found
 
 
@@ -245,11 +252,10 @@ def run(args) -> dict:
                 results["machine"] = on_torch[0].ask("machine")
             rows, context = args.batch
             sizes = [*((length, 1) for length in args.contexts), (context, 1), (context, rows)]
-            for length, batch in dict.fromkeys(sizes):
-                results["rows"] += measure(engines, config, length, batch, args.rounds, args.steps)
+            results["rows"] += measure(engines, config, list(dict.fromkeys(sizes)), args.rounds, args.steps)
             ours = [engine for engine in engines if engine.name == OURS]
             if args.long:
-                results["rows"] += measure(ours, config, LONG, 1, 1, args.steps)
+                results["rows"] += measure(ours, config, [(LONG, 1)], 1, args.steps)
             if args.profile and ours:
                 results["profile"] = {}
                 for length in args.contexts:
