@@ -276,8 +276,8 @@ class KimiK26Attention(nn.Module):
         else:
             query = apply_linear(self.q_b_proj, self.q_a_layernorm(apply_linear(self.q_a_proj, x)))
         query = query.unflatten(-1, (self.heads, -1))  # (batch, queries, heads, nope + rope)
-        query, turning_query = query.split([self.nope, self.rope], dim=-1)
-        turning_query = rotate_pairs(turning_query, cos, sin)
+        query_nope, query_rope = query.split([self.nope, self.rope], dim=-1)
+        query_rope = rotate_pairs(query_rope, cos, sin)
 
         latent, rotary_key = apply_linear(self.kv_a_proj_with_mqa, x).split([self.rank, self.rope], dim=-1)
         latent = self.kv_a_layernorm(latent).unsqueeze(1)  # (batch, 1, queries, rank)
@@ -289,11 +289,11 @@ class KimiK26Attention(nn.Module):
         latent, rotary_key = latent.squeeze(1), rotary_key.squeeze(1)  # (batch, keys, rank or rope)
 
         expansion = current_weight(self.kv_b_proj).unflatten(0, (self.heads, -1))  # (heads, nope + v_dim, rank)
-        query, turning_query = query.transpose(1, 2), turning_query.transpose(1, 2)  # (batch, heads, queries, …)
-        given = (query, turning_query, latent, rotary_key, expansion, span)
-        natively = not output_attentions and self.config._attn_implementation != "eager" and serves_attention(self, query, latent.shape[1], span)
-        few = self.are_few(query.shape[2], span.begin) if natively else query.shape[2] <= self.few_queries
-        if few and natively and serves_latents(self, query, latent, rotary_key, expansion):
+        query_nope, query_rope = query_nope.transpose(1, 2), query_rope.transpose(1, 2)  # (batch, heads, queries, …)
+        given = (query_nope, query_rope, latent, rotary_key, expansion, span)
+        natively = not output_attentions and self.config._attn_implementation != "eager" and serves_attention(self, query_nope, latent.shape[1], span)
+        few = self.are_few(query_nope.shape[2], span.begin) if natively else query_nope.shape[2] <= self.few_queries
+        if few and natively and serves_latents(self, query_nope, latent, rotary_key, expansion):
             out, weights = self.on_latents_natively(*given), None
         elif few:
             out, weights = self.on_latents(*given, output_attentions)
@@ -309,22 +309,22 @@ class KimiK26Attention(nn.Module):
         keys, few = past + queries, self.few_queries / NATIVE_GAIN
         return queries * (few + keys) < few * keys
 
-    def on_latents(self, query, turning_query, latent, rotary_key, expansion, span, output_attentions):
+    def on_latents(self, query_nope, query_rope, latent, rotary_key, expansion, span, output_attentions):
         """Attention with the expansion moved into the query and the output; latents are read as they are cached."""
-        batch, heads, queries, _ = query.shape
+        batch, heads, queries, _ = query_nope.shape
         keys = latent.shape[1]
         to_key, to_value = expansion.split([self.nope, self.v_dim], dim=1)
         # One product per head, rows of all the batch together: broadcasting would copy the weights instead.
-        query = torch.bmm(query.transpose(0, 1).flatten(1, 2), to_key)  # (heads, batch * queries, rank)
-        query = query.unflatten(1, (batch, -1)).transpose(0, 1)
+        query_latent = torch.bmm(query_nope.transpose(0, 1).flatten(1, 2), to_key)  # (heads, batch * queries, rank)
+        query_latent = query_latent.unflatten(1, (batch, -1)).transpose(0, 1)
         step = queries if output_attentions else max(1, SCORE_BLOCK // (batch * heads * keys))
         outs, all_weights = [], []
         for start in range(0, queries, step):
             stop = min(start + step, queries)
-            turned = turning_query[:, :, start:stop].flatten(1, 2) @ rotary_key.transpose(1, 2)
+            of_rope = query_rope[:, :, start:stop].flatten(1, 2) @ rotary_key.transpose(1, 2)
             scores = torch.baddbmm(  # (batch, heads * step, keys)
-                turned,
-                query[:, :, start:stop].flatten(1, 2),
+                of_rope,
+                query_latent[:, :, start:stop].flatten(1, 2),
                 latent.transpose(1, 2),
                 beta=self.scaling,
                 alpha=self.scaling,
@@ -338,36 +338,36 @@ class KimiK26Attention(nn.Module):
         out = torch.cat(outs, dim=2).transpose(1, 2)
         return out, all_weights[0] if output_attentions else None
 
-    def on_latents_natively(self, query, turning_query, latent, rotary_key, expansion, span):
+    def on_latents_natively(self, query_nope, query_rope, latent, rotary_key, expansion, span):
         """The same by the CPU's own kernel."""
-        queries = query.transpose(1, 2), turning_query.transpose(1, 2)
+        queries = query_nope.transpose(1, 2), query_rope.transpose(1, 2)
         return read_latents(*queries, latent, rotary_key, expansion, span.begin, span.padding, self.scaling)
 
-    def on_expanded_natively(self, query, turning_query, latent, rotary_key, expansion, span):
+    def on_expanded_natively(self, query_nope, query_rope, latent, rotary_key, expansion, span):
         """Attention over expanded keys and values by the CPU's own kernel, which needs neither joined keys nor padded values."""
-        seen = span.begin + query.shape[2]  # a static cache is longer
+        seen = span.begin + query_nope.shape[2]  # a static cache is longer
         latent, rotary_key = latent[:, :seen], rotary_key[:, :seen]
         step = max(1, EXPANSION_BLOCK // (latent.shape[0] * seen * (self.nope + self.v_dim)))
-        query, turning_query, outs = query.transpose(1, 2), turning_query.transpose(1, 2), []
+        query_nope, query_rope, outs = query_nope.transpose(1, 2), query_rope.transpose(1, 2), []
         for start in range(0, self.heads, step):
             some = slice(start, start + step)
             key, value = self.expand(latent, expansion[some])
-            given = (query[:, :, some], turning_query[:, :, some], key, rotary_key, value)
+            given = (query_nope[:, :, some], query_rope[:, :, some], key, rotary_key, value)
             outs.append(attention(*given, span.begin, span.padding, self.scaling))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def on_expanded(self, query, turning_query, latent, rotary_key, expansion, span, output_attentions):
+    def on_expanded(self, query_nope, query_rope, latent, rotary_key, expansion, span, output_attentions):
         """Attention over the keys and values of each head, expanded for as many heads at a time as fit the block."""
         implementation = self.config._attn_implementation
         per_head = latent.shape[0] * latent.shape[1] * 2 * (self.nope + self.rope)
-        query = torch.cat((query, turning_query), dim=-1)
+        query = torch.cat((query_nope, query_rope), dim=-1)
         step = self.heads if output_attentions else max(1, EXPANSION_BLOCK // per_head)
         outs, all_weights = [], []
         for start in range(0, self.heads, step):
             some = slice(start, start + step)
             key, value = self.expand(latent, expansion[some])
-            turning_key = rotary_key.unsqueeze(2).expand(-1, -1, key.shape[2], -1)
-            key, value = torch.cat((key, turning_key), dim=-1).transpose(1, 2), value.transpose(1, 2)
+            key_rope = rotary_key.unsqueeze(2).expand(-1, -1, key.shape[2], -1)
+            key, value = torch.cat((key, key_rope), dim=-1).transpose(1, 2), value.transpose(1, 2)
             if implementation in (None, "eager") or output_attentions:
                 out, weights = self.eager(query[:, some], key, value, span, output_attentions)
             elif implementation == "sdpa":

@@ -143,6 +143,7 @@ class Shard:
         self.path, self.name = path, path.name
         self.entries: dict[str, Entry] = {}
         self.findings: list[Finding] = []
+        self.data_begin = self.size = 0  # bytes, as the header has them; 0 where it is damaged
         self.in_place = False  # whether every tensor lies where it should, so that its bytes can be judged
         self._bytes = None
         try:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+FLAGS = "-O3", "-std=c++17", "-march=native", "-fPIC", "-w"
 i64, address = ctypes.c_int64, ctypes.c_void_p  # as the sources take numbers and memory
 
 
@@ -48,7 +49,7 @@ def compiled(
     features = _processor_features()
     if compiler is None or platform.machine() != "x86_64" or not needed <= features:
         return None
-    key = "\n".join((source, compiler, *sorted(features), depends))
+    key = "\n".join((source, compiler, *FLAGS, str(parallel), *sorted(features), depends))
     file = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kimi_k26"
     try:
@@ -65,7 +66,7 @@ def compiled(
 
 def _compile(compiler: str, source: str, target: Path, parallel: bool):
     """Write the library, whole or not at all."""
-    flags, link = ["-O3", "-std=c++17", "-march=native", "-fPIC", "-w"], []
+    flags, link = [*FLAGS], []
     if parallel:  # its threads are PyTorch's own, whose OpenMP is in the process already
         process = ctypes.CDLL(None)
         shared = all(hasattr(process, name) for name in ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num"))

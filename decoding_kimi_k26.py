@@ -140,7 +140,7 @@ class NativeLayer(Weights):
         described = FeedForward(norm=norm, hidden=config.hidden_size, eps=self.layer.post_attention_layernorm.eps)
         network = mlp
         if self.has_experts:
-            router, group = mlp.gate, config.int4_group_size or 0
+            group = config.int4_group_size or 0
             self.module(mlp, "experts")
             self.fits &= config.moe_intermediate_size % (group or INPUTS) == 0 and knows_group(group)
             described.router = self.weight(mlp, "gate")
@@ -205,7 +205,7 @@ class NativeDecoder:
         self.routed, self.top_k = next(iter(routing), (0, 0))  # experts of each layer that routes; those of a token
         self.calls = (Layer * len(self.parts))()
         self._latents = [call.latents for call in self.calls]
-        self._turn = threading.Lock()  # for all that a run sets and reads, where there are no experts
+        self._lock = threading.Lock()  # for all that a run sets and reads, where there are no experts
         self.experts = [part.layer.mlp.experts for part in self.parts if part.has_experts]
         self.known = [experts.known for experts in self.experts]
         self._next = None  # where the sequence goes on: see `is_current`
@@ -258,7 +258,7 @@ class NativeDecoder:
 
     def run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place], head: Optional[torch.Tensor] = None):
         """The same where the caches have made room already. Threads that share the model, or its experts, wait for each other here."""
-        with self.experts[0].store.turn if self.experts else self._turn:
+        with self.experts[0].store.lock if self.experts else self._lock:
             return self._run(x, rotary, padding, places, head)
 
     def _run(self, x: torch.Tensor, rotary, padding: Optional[torch.Tensor], places: list[Place], head: Optional[torch.Tensor]):

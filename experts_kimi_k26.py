@@ -179,7 +179,7 @@ class KimiK26Experts(nn.ModuleList):
     @property
     def known(self) -> KnownExperts:
         """Those that the CPU's kernels find by themselves."""
-        with self.store.turn:
+        with self.store.lock:
             if self._known is None:
                 self._known = KnownExperts(self)
             return self._known
@@ -327,14 +327,14 @@ class KimiK26Experts(nn.ModuleList):
         When that is `thorough`, it is looked for at every expert whether something has changed, else at one, each at its
         turn: what is done to all is seen at once.
         """
-        table, known, misses, turn = self.tables.get(device, (None, None, None, None))
+        table, known, misses, numbers_in_turn = self.tables.get(device, (None, None, None, None))
         if torch.compiler.is_compiling():  # a graph keeps to the table that it has met
             return table
         if not has_kernels(device) or known is numbers and table is None and not thorough:
             return None
         now = self.store.on(device).misses
         if table is not None and known is numbers and misses == now:
-            asked = numbers if thorough else (next(turn),)
+            asked = numbers if thorough else (next(numbers_in_turn),)
             if all(table.lists(number, self.weights_on(number, device)) for number in asked):
                 return table
         weights = {number: self.weights_on(number, device) for number in numbers}
@@ -361,7 +361,7 @@ class KimiK26Experts(nn.ModuleList):
             return None
         asked = [number for number, count in enumerate(routing.counts) if count and number in numbers]
         self.announce(asked, x)
-        with self.store.turn:
+        with self.store.lock:
             self.known.refresh()
             held = {number: self.known.find(number) for number in asked}
         if None in held.values():

@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Optional, Union
 
@@ -239,7 +240,7 @@ def is_video(value: Any) -> bool:
     return value is not None
 
 
-def nest(value: Any, is_one: Any, batch_of: int) -> tuple[list[Any], Optional[list[int]]]:
+def nest(value: Any, is_one: Callable[[Any], bool], batch_of: int = 0) -> tuple[list[Any], Optional[list[int]]]:
     """Flattens one, a list or a list per sample. Gives the items, and their number per sample where that was said.
 
     `is_one` tells a single item; an array with one axis more is a list of items. None inside a list per sample means
@@ -255,7 +256,7 @@ def nest(value: Any, is_one: Any, batch_of: int) -> tuple[list[Any], Optional[li
         raise TypeError(f"expected a picture or video, a list of them or a list of lists, got {type(value).__name__}")
     if all(is_one(item) for item in value):
         return list(value), None
-    samples = [nest(item, is_one, 0)[0] for item in value]
+    samples = [nest(item, is_one)[0] for item in value]
     counts = [len(sample) for sample in samples]
     return [item for sample in samples for item in sample], counts if batch_of == len(samples) else None
 
@@ -489,19 +490,13 @@ def _limits(value: Union[MediaLimits, dict[str, Any], None]) -> MediaLimits:
     return MediaLimits(**value)
 
 
-class located:
+@contextmanager
+def located(place: str):
     """A block in which a `MediaError` gets the place of the picture or video in front of its message."""
-
-    def __init__(self, place: str):
-        self.place = place
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, MediaError):
-            raise MediaError(f"{self.place}: {error}") from error
-        return False
+    try:
+        yield
+    except MediaError as error:
+        raise MediaError(f"{place}: {error}") from error
 
 
 def picture_of(media: Any, place: str) -> Any:

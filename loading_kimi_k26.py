@@ -88,7 +88,8 @@ def load_mapped(cls, folder, expert_budget, kwargs: dict):
         config, kwargs = KimiK26Config.from_pretrained(source, return_unused_kwargs=True, **kwargs)
     config = copy.deepcopy(config)
     config.name_or_path = str(folder)
-    config._attn_implementation = attention
+    if attention is not None:
+        config._attn_implementation = attention
     checkpoint, stored = Checkpoint(folder), _stored_dtype(folder)
     for part in (config, config.text_config):
         if dtype != "auto":

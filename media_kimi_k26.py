@@ -57,13 +57,13 @@ class MediaLimits:
     def check(self, name: str, value: float, what: str) -> None:
         limit = getattr(self, name)
         if limit is not None and value > limit:
-            raise MediaError(f"{what}: {value:g} is over the limit {name}={limit:g}")
+            raise MediaError(f"{what}: {value:,} is over the limit {name}={limit:,}")
 
 
 # -- sources ----------------------------------------------------------------------------------------------------
 
 
-def describe(source: Any) -> str:
+def short_name(source: Any) -> str:
     """A short name of a source for messages: never the data itself."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"data of {len(source)} bytes"
@@ -84,7 +84,7 @@ def _fetch(url: str, limits: MediaLimits) -> bytes:
         with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as answer:
             data = answer.read() if limits.max_bytes is None else answer.read(int(limits.max_bytes) + 1)
     except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
-        raise MediaError(f"cannot load {describe(url)}: {error}") from error
+        raise MediaError(f"cannot load {short_name(url)}: {error}") from error
     limits.check("max_bytes", len(data), "encoded size in bytes")
     return data
 
@@ -103,7 +103,7 @@ def _decode_base64(text: str, limits: MediaLimits) -> bytes:
 def _decode_data_uri(uri: str, limits: MediaLimits) -> bytes:
     header, comma, payload = uri.partition(",")
     if not comma:
-        raise MediaError(f"data URI without a comma: {describe(uri)}")
+        raise MediaError(f"data URI without a comma: {short_name(uri)}")
     if header.lower().rstrip().endswith(";base64"):
         return _decode_base64(payload, limits)
     return urllib.parse.unquote_to_bytes(payload.strip())
@@ -128,7 +128,7 @@ def open_source(source: Any, limits: MediaLimits) -> tuple[Any, bool]:
             source = _decode_base64(source, limits)
         except MediaError as error:
             raise MediaError(
-                f"{describe(source)} is not an existing file, and no file://, http(s):// or data: URL or base64 data"
+                f"{short_name(source)} is not an existing file, and no file://, http(s):// or data: URL or base64 data"
             ) from error
 
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -137,18 +137,18 @@ def open_source(source: Any, limits: MediaLimits) -> tuple[Any, bool]:
         try:
             file, owned = open(source, "rb"), True
         except OSError as error:
-            raise MediaError(f"cannot open {describe(source)}: {error.strerror or error}") from error
+            raise MediaError(f"cannot open {short_name(source)}: {error.strerror or error}") from error
     elif hasattr(source, "read"):
         seekable = getattr(source, "seekable", lambda: hasattr(source, "seek"))()
         file, owned = (source, False) if seekable else (io.BytesIO(source.read()), True)
     else:
-        raise MediaError(f"cannot read {describe(source)}: give a path, bytes, data URI, file object or array")
+        raise MediaError(f"cannot read {short_name(source)}: give a path, bytes, data URI, file object or array")
 
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     try:
         if size == 0:
-            raise MediaError(f"{describe(source)} is empty")
+            raise MediaError(f"{short_name(source)} is empty")
         limits.check("max_bytes", size, "encoded size in bytes")
     except MediaError:
         if owned:
@@ -181,13 +181,13 @@ def load_image(source: Any, limits: MediaLimits = MediaLimits()) -> Image.Image:
             raise MediaError("EPS files are programs and are not run")
         return _to_rgb(image, limits)
     except UnidentifiedImageError as error:
-        raise MediaError(f"{describe(source)} is not a picture that Pillow can read") from error
+        raise MediaError(f"{short_name(source)} is not a picture that Pillow can read") from error
     except Image.DecompressionBombError as error:
-        raise MediaError(f"{describe(source)} is over Pillow's own limit of pixels: {error}") from error
+        raise MediaError(f"{short_name(source)} is over Pillow's own limit of pixels: {error}") from error
     except MediaError:
         raise
     except Exception as error:  # a broken header can raise nearly anything
-        raise MediaError(f"{describe(source)} is damaged or truncated: {error}") from error
+        raise MediaError(f"{short_name(source)} is damaged or truncated: {error}") from error
     finally:
         if owned:
             file.close()

@@ -19,6 +19,7 @@ from .experts_kimi_k26 import KimiK26Router
 from .loading_kimi_k26 import load_mapped, maps_into_memory, read_from_disk_as_stored, refuse_damage
 from .memory_kimi_k26 import release, unsettle
 from .parallel_kimi_k26 import OF_EXPERTS, as_the_library_takes_it, gather, split_plan
+from .placement_kimi_k26 import FREE_IN_MAIN_MEMORY
 from .quantization_kimi_k26 import KeepDtype, KimiK26Int4Linear
 from .store_kimi_k26 import ExpertStore
 from .text_kimi_k26 import KimiK26LanguageModel
@@ -38,7 +39,6 @@ from .integer_kernels_kimi_k26 import INTEGERS  # noqa: F401
 from .kernels_kimi_k26 import COMMON  # noqa: F401
 from .latent_kernels_kimi_k26 import LATENTS  # noqa: F401
 from .native_kimi_k26 import library  # noqa: F401
-from .placement_kimi_k26 import plan  # noqa: F401
 from .prefill_kernels_kimi_k26 import PREFILL  # noqa: F401
 from .soundness_kimi_k26 import findings_at_load  # noqa: F401
 from .tile_kernels_kimi_k26 import TILES  # noqa: F401
@@ -88,10 +88,8 @@ class KimiK26PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["KimiK26DecoderLayer", "KimiK26VisionBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False  # each expert is asked for how many tokens it got, which a graph cannot hold
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -225,7 +223,7 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         experts = sum(p.nbytes for n, p in self.language_model.named_parameters() if ".experts." in n)
         others = sum(p.nbytes for p in self.parameters()) - experts
         if memory is None:
-            memory = int(psutil.virtual_memory().available * 0.7)
+            memory = int(psutil.virtual_memory().available * FREE_IN_MAIN_MEMORY)
         memory = convert_file_size_to_int(memory)
         streams = others > memory
         self.language_model.model.streams = streams

@@ -1,6 +1,6 @@
 """The CPU's own kernels: C++ compiled on first use by the machine's compiler, called with plain addresses.
 
-A few new tokens through one decoder layer take PyTorch some hundred small operations; here it is three calls.
+A few new tokens through one decoder layer take PyTorch some hundred small operations; here all layers are one call.
 Weights are read where the checkpoint has them: bfloat16 rows, and INT4 words unpacked in registers to integers, the sums
 of whose groups are scaled. Sums are float32, and results are rounded to bfloat16 where the plain path rounds them.
 
@@ -65,15 +65,15 @@ class Latents(ctypes.Structure):
 class Queries(ctypes.Structure):
     """`Queries` of the source: the two parts of queries, and strides in elements."""
 
-    _fields_ = [*fields(address, "still turned"), *fields(i64, "still_row still_head turned_row turned_head")]
+    _fields_ = [*fields(address, "nope rope"), *fields(i64, "nope_row nope_head rope_row rope_head")]
 
 
 class Expanded(ctypes.Structure):
     """`Expanded` of the source: many queries, and the expanded keys and values of some heads."""
 
     _fields_ = [
-        *fields(address, "query turned key rotary value out"),
-        *fields(i64 * 3, "query_at turned_at key_at rotary_at value_at out_at"),
+        *fields(address, "query_nope query_rope key rotary value out"),
+        *fields(i64 * 3, "query_nope_at query_rope_at key_at rotary_at value_at out_at"),
         *fields(i64, "batch queries keys heads nope rope v first"),
         *fields(address, "mask"),
         *fields(i64, "mask_row"),
@@ -199,11 +199,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return out
 
 
-def attention(query, turned, key, rotary, value, first: int, mask, scale: float) -> torch.Tensor:
+def attention(query_nope, query_rope, key, rotary, value, first: int, mask, scale: float) -> torch.Tensor:
     """Causal attention of many tokens over expanded keys and values; the rotary parts of queries and keys lie apart.
 
     Args:
-        query (`torch.Tensor` of shape `(batch, queries, heads, nope)`), turned (`(…, rope)`), key (`(batch, keys, heads,
+        query_nope (`torch.Tensor` of shape `(batch, queries, heads, nope)`), query_rope (`(…, rope)`), key (`(batch, keys, heads,
             nope)`), rotary (`(batch, keys, rope)`, of all heads), value (`(batch, keys, heads, v)`): bfloat16, the last
             axis contiguous.
         first: the place of the first query among the keys.
@@ -212,10 +212,10 @@ def attention(query, turned, key, rotary, value, first: int, mask, scale: float)
     Returns:
         `torch.Tensor` of shape `(batch, queries, heads, v)`, bfloat16.
     """
-    batch, queries, heads, nope = query.shape
+    batch, queries, heads, nope = query_nope.shape
     keys, rope, v = key.shape[1], rotary.shape[2], value.shape[3]
-    out = query.new_empty(batch, queries, heads, v)
-    tensors = {"query": query, "turned": turned, "key": key, "rotary": rotary.unsqueeze(2), "value": value, "out": out}
+    out = query_nope.new_empty(batch, queries, heads, v)
+    tensors = {"query_nope": query_nope, "query_rope": query_rope, "key": key, "rotary": rotary.unsqueeze(2), "value": value, "out": out}
     call = Expanded(batch=batch, queries=queries, keys=keys, heads=heads, nope=nope, rope=rope, v=v, first=first, scale=scale)
     for name, tensor in tensors.items():
         setattr(call, name, tensor.data_ptr())
@@ -227,11 +227,11 @@ def attention(query, turned, key, rotary, value, first: int, mask, scale: float)
     return out
 
 
-def read_latents(query, turned, latent, rotary, expansion, first: int, mask, scale: float) -> torch.Tensor:
+def read_latents(query_nope, query_rope, latent, rotary, expansion, first: int, mask, scale: float) -> torch.Tensor:
     """Causal attention of some tokens over cached latents, whose expansion moves into the query and the output.
 
     Args:
-        query (`torch.Tensor` of shape `(batch, queries, heads, nope)`), turned (`(…, rope)`), latent (`(batch, keys or more,
+        query_nope (`torch.Tensor` of shape `(batch, queries, heads, nope)`), query_rope (`(…, rope)`), latent (`(batch, keys or more,
             rank)`), rotary (`(batch, keys or more, rope)`): bfloat16, the last axis contiguous, queries evenly apart.
         expansion (`torch.Tensor` of shape `(heads, nope + v, rank)`): bfloat16, contiguous; `rank` a multiple of `INPUTS`, `nope`
             and `rope` of 2, `v` of 4.
@@ -241,9 +241,9 @@ def read_latents(query, turned, latent, rotary, expansion, first: int, mask, sca
     Returns:
         `torch.Tensor` of shape `(batch, queries, heads, v)`, bfloat16.
     """
-    batch, queries, heads, nope = query.shape
+    batch, queries, heads, nope = query_nope.shape
     rank, rope, v = latent.shape[2], rotary.shape[2], expansion.shape[1] - nope
-    out = query.new_empty(batch, queries, heads, v)
+    out = query_nope.new_empty(batch, queries, heads, v)
     weights = Attention(kv_b=expansion.data_ptr(), heads=heads, nope=nope, rope=rope, v=v, rank=rank, scale=scale)
     cache = Latents(latent=latent.data_ptr(), rotary=rotary.data_ptr(), past=first, tokens=queries)
     cache.latent_row, cache.latent_key, _ = latent.stride()
@@ -251,7 +251,7 @@ def read_latents(query, turned, latent, rotary, expansion, first: int, mask, sca
     if mask is not None:
         mask = mask.contiguous()
         cache.mask, cache.mask_row = mask.data_ptr(), mask.stride(0)
-    asked = Queries(query.data_ptr(), turned.data_ptr(), *query.stride()[1:3], *turned.stride()[1:3])
+    asked = Queries(query_nope.data_ptr(), query_rope.data_ptr(), *query_nope.stride()[1:3], *query_rope.stride()[1:3])
     given = (ctypes.byref(part) for part in (weights, cache))
     library().kimi_read(*given, i64(batch * queries), ctypes.byref(asked), *addresses(out), i64(torch.get_num_threads()))
     return out

@@ -5,7 +5,6 @@ weight the part of its process alone, and exchanges what linear layers need. Wha
 whose heads are split while its latents are not, and experts that stay whole, each in one process.
 """
 
-import re
 
 import torch
 from torch import distributed
@@ -109,7 +108,8 @@ def split_plan(config) -> dict[str, str]:
 
 
 def check_split(text_config, size: int):
-    """
+    """See that all widths can be shared evenly.
+
     Raises:
         ValueError: where a width cannot be shared by `size` processes, naming it.
     """

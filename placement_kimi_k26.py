@@ -14,10 +14,10 @@ from typing import Optional, Union
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
-from accelerate.utils import PrefixedDataset, convert_file_size_to_int, get_max_memory
+from accelerate.utils import PrefixedDataset, get_max_memory
 from torch import nn
 
-from .experts_kimi_k26 import KimiK26Experts, KimiK26MoE
+from .experts_kimi_k26 import KimiK26MoE
 from .store_kimi_k26 import held_bytes
 
 
@@ -299,7 +299,8 @@ class Placement:
         max_memory: dict[Device, int],
         expert_budget: Optional[int] = None,
     ) -> "Placement":
-        """
+        """What a map of devices means for a model of these sizes.
+
         Args:
             device_map (`dict`): of [`plan`], or a user's own.
             max_memory (`dict`): as in [`plan`]; an accelerator that is not in it holds what the map gives it, and one

@@ -31,6 +31,7 @@ from .image_processing_kimi_k26 import (
 )
 from .response_kimi import parse_response
 from .tokenization_kimi import TikTokenTokenizer
+from .vocabulary_kimi import MEDIA_PAD
 
 # Version 4 of the library copies from a local folder only those modules that the loaded one names itself, and not what
 # these import in turn; so all of them are named here.
@@ -40,10 +41,8 @@ from .scaling_kimi_k26 import scaled  # noqa: F401
 from .token_bytes_kimi import TokenBytes  # noqa: F401
 from .tool_declaration_kimi import tool_schemas  # noqa: F401
 from .video_kimi_k26 import read_video  # noqa: F401
-from .vocabulary_kimi import SPLIT_PATTERN  # noqa: F401
 
 
-MEDIA_PAD = "<|media_pad|>"
 VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
 CLIP_TEXT = "{time}<|media_begin|>video<|media_content|>" + MEDIA_PAD + "<|media_end|>"
 PLACEHOLDERS = re.compile(f"{re.escape(MEDIA_PAD)}|{re.escape(VIDEO_PLACEHOLDER)}")
@@ -52,7 +51,7 @@ PLACEHOLDERS = re.compile(f"{re.escape(MEDIA_PAD)}|{re.escape(VIDEO_PLACEHOLDER)
 PADDING_KEYS = ("padding", "pad_to_multiple_of", "padding_side", "return_attention_mask")
 CUTTING_KEYS = ("truncation", "max_length")
 TOKENIZER_KEYS = frozenset((
-    "add_special_tokens", "return_special_tokens_mask", "return_token_type_ids", "return_length", "verbose",
+    "add_special_tokens", "return_special_tokens_mask", "return_token_type_ids", "verbose",
     "split_special_tokens", "allow_special_tokens",
 ))  # fmt: skip
 CALL_KEYS = frozenset((
@@ -227,7 +226,6 @@ class KimiK26Processor(ProcessorMixin):
             )
         )
         columns.pop("attention_mask", None)
-        columns.pop("length", None)
         if want_mask:
             offsets = columns.pop("offset_mapping")
             columns["assistant_masks"] = [prompt.spoken_mask(row) for prompt, row in zip(prompts, offsets)]
@@ -557,6 +555,6 @@ def _source(part: Any, kind: str, place: str) -> tuple[Any, Optional[float], str
     value = part[found[0]]
     if found[0] == f"{kind}_url" and isinstance(value, dict):
         if not isinstance(value.get("url"), str):
-            raise ValueError(f"{place}.{kind}_url needs a string 'url', has {sorted(value)}")
+            raise ValueError(f"{place}.{kind}_url needs a string 'url', got {value.get('url')!r}")
         value = value["url"]
     return value, part.get("fps"), place

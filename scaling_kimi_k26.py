@@ -291,7 +291,8 @@ def scale_rows(pixels: np.ndarray, out: np.ndarray) -> None:
 
 def scale_columns(pixels: np.ndarray, new_height: int, top: int, out: np.ndarray) -> None:
     """uint8 (height, width, 3), contiguous -> `out` (rows, width, 3), contiguous: of the new height the rows from `top` on."""
-    (height, width), found = pixels.shape[:2], taps(pixels.shape[0], new_height)
+    height, width = pixels.shape[:2]
+    found = taps(height, new_height)
     given = address(pixels.ctypes.data), i64(3 * width)
     library().kimi_scale_columns(*given, address(out.ctypes.data), i64(len(out)), found.after(top))
 

@@ -14,12 +14,10 @@ import torch
 from .checkpoint_kimi_k26 import Checkpoint, Finding, Shard, read_json
 from .configuration_kimi_k26 import KimiK26Config
 from .quantization_kimi_k26 import VALUES_PER_WORD
-from .vocabulary_kimi import read_ranks
+from .vocabulary_kimi import MEDIA_PAD, SPECIAL_IDS, read_ranks
 
 
 VOCABULARY, TOKENIZER_CONFIG, GENERATION_CONFIG = "tiktoken.model", "tokenizer_config.json", "generation_config.json"
-SPECIAL_IDS = 256  # behind the byte pairs
-MEDIA_PAD = "<|media_pad|>"
 CHUNK = 2**24  # bytes read at once
 # Loading judges the values too where it has to read at most so many bytes for that: seconds. Larger checkpoints are
 # left to `kimi-k26 check`.

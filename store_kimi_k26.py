@@ -44,7 +44,7 @@ class ExpertStore:
         self.elsewhere: dict[torch.device, ExpertStore] = {}
         self.total: int | None = None  # bytes of all experts there are, where known
         self.cleared = 0  # times
-        self.turn = threading.RLock()  # held by who looks up, keeps or drops, and by a step that finds its experts by itself
+        self.lock = threading.RLock()  # held by who looks up, keeps or drops, and by a step that finds its experts by itself
         self.clear()
 
     @property
@@ -62,7 +62,7 @@ class ExpertStore:
         """Drop everything and begin to count anew, after a step that other threads may be computing."""
         for other in self.elsewhere.values():
             other.clear()
-        with self.turn:
+        with self.lock:
             self.cleared += 1
             self.hits = self.misses = self.bytes_moved = self.bytes_held = 0
             self._kept: OrderedDict = OrderedDict()  # key -> (stamp, layout), least recently used first
@@ -73,7 +73,7 @@ class ExpertStore:
 
     def get(self, key, stamp, make: Callable):
         """The layout under `key`; made by `make()` where it is not there or was made of other tensors (`stamp`)."""
-        with self.turn:
+        with self.lock:
             return self._get(key, stamp, make)
 
     def _get(self, key, stamp, make: Callable):
@@ -154,14 +154,14 @@ class NativeExpert(Layout):
 
 class KnownExperts:
     """Of one layer's [`KimiK26Experts`] those that the native kernels find by themselves: a table of addresses by number. Whoever
-    asks or changes it holds the store's `turn`.
+    asks or changes it holds the store's `lock`.
 
     Attributes:
         address (`int`): of the table, which never moves; null for an expert that is not known.
     """
 
     def __init__(self, experts: nn.ModuleList):
-        self._experts, self._store, self._cleared, self._turn = experts, None, 0, 0
+        self._experts, self._store, self._cleared, self._next = experts, None, 0, 0
         self._table = (ctypes.c_void_p * len(experts))()
         self._held: dict[int, NativeExpert] = {}
         self.address = ctypes.addressof(self._table)
@@ -207,8 +207,8 @@ class KnownExperts:
 
     def one_is_current(self) -> bool:
         """Whether one of them, each at its turn, is as it was."""
-        self._turn = (self._turn + 1) % len(self._experts)
-        number = self._turn if self._turn in self._held else next(iter(self._held), None)
+        self._next = (self._next + 1) % len(self._experts)
+        number = self._next if self._next in self._held else next(iter(self._held), None)
         return number is None or self._is_current(number, self._held[number])
 
     def let_go(self):

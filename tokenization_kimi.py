@@ -10,7 +10,6 @@ import functools
 import inspect
 import json
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.utils import logging
 
 from .chat_kimi import ControlText, Range, describe, is_batch_of_chats, longest_first, render_chats
 from .token_bytes_kimi import TokenBytes
-from .vocabulary_kimi import SPLIT_PATTERN, printable, read_ranks, spelled, split_long_text, write_ranks
+from .vocabulary_kimi import SPECIAL_IDS, SPLIT_PATTERN, printable, read_ranks, spelled, split_long_text, write_ranks
 
 # Version 4 of the library copies from a local folder only those modules that the loaded one names itself.
 from .tool_declaration_kimi import tool_schemas  # noqa: F401
@@ -31,7 +30,6 @@ from .tool_declaration_kimi import tool_schemas  # noqa: F401
 logger = logging.get_logger(__name__)
 
 VOCAB_FILES_NAMES = {"vocab_file": "tiktoken.model"}
-SPECIAL_ID_COUNT = 256
 # What a chat gives by default: ids in version 4, a dict in version 5.
 _RETURNS_DICT = inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters["return_dict"].default
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all bytes of a character but its first
@@ -71,7 +69,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             raise ValueError(f"there is no {VOCAB_FILES_NAMES['vocab_file']} in {kwargs.get('name_or_path', 'the folder')}")
         ranks = read_ranks(vocab_file)
         added = dict(added_tokens_decoder or {})
-        special_ids = range(len(ranks), len(ranks) + SPECIAL_ID_COUNT)
+        special_ids = range(len(ranks), len(ranks) + SPECIAL_IDS)
         if not any(index in added for index in special_ids):
             raise ValueError(
                 f"added_tokens_decoder names none of the special ids {special_ids[0]} to {special_ids[-1]} that follow "
@@ -80,7 +78,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             )
         specials = {str(added.get(index, f"<|reserved_token_{index}|>")): index for index in special_ids}
         clash = [name for name in specials if name.encode() in ranks]
-        if clash or len(specials) < SPECIAL_ID_COUNT:
+        if clash or len(specials) < SPECIAL_IDS:
             raise ValueError(f"special tokens must differ from each other and from the vocabulary; see {clash or added}")
         self._encoding = tiktoken.Encoding("kimi", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
 

@@ -258,7 +258,7 @@ def _multiply(
 
 
 @jit
-def _rows_of_tile(order, starts, tile_expert, tile_starts, expert, rows: tl.constexpr):
+def _rows_of_tile(order, starts, tile_starts, expert, rows: tl.constexpr):
     """The pairs of this program's tile, and which of them there are."""
     first = tl.load(starts + expert) + (tl.program_id(1) - tl.load(tile_starts + expert)) * rows
     slots = first + tl.arange(0, rows)
@@ -307,7 +307,7 @@ def gate_up_many(
         return
     gate_weights, gate_scales = _lies(table, expert, 0, kind, aligned)
     up_weights, up_scales = _lies(table, expert, 1, kind, aligned)
-    pairs, live = _rows_of_tile(order, starts, tile_expert, tile_starts, expert, rows)
+    pairs, live = _rows_of_tile(order, starts, tile_starts, expert, rows)
     out = tl.program_id(0) * outputs + tl.arange(0, outputs)
     outs = tl.minimum(out, width - 1)
     gate, up = tl.zeros((outputs, rows), tl.float32), tl.zeros((outputs, rows), tl.float32)
@@ -351,7 +351,7 @@ def down_many(
     if tl.load(table + expert * 6) == 0:
         return
     weights, scales = _lies(table, expert, 2, kind, aligned)
-    pairs, live = _rows_of_tile(order, starts, tile_expert, tile_starts, expert, rows)
+    pairs, live = _rows_of_tile(order, starts, tile_starts, expert, rows)
     out = tl.program_id(0) * outputs + tl.arange(0, outputs)
     outs = tl.minimum(out, width - 1)
     total = tl.zeros((outputs, rows), tl.float32)

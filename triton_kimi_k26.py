@@ -55,7 +55,7 @@ TOKENS_AT_ONCE = 8192  # bounds what is kept between the steps
 SUM_BLOCK = 1024
 SPREAD_BLOCK = 64  # words
 LOGITS_BLOCK = 2048
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 class ExpertTable:
@@ -170,7 +170,7 @@ def grouped_experts(
     says, and multiplied in the dtype of `x`.
 
     Args:
-        x (`torch.Tensor` of shape `(tokens, hidden_size)`): bfloat16, float16 or float32; as plain weights are. For few
+        x (`torch.Tensor` of shape `(tokens, hidden_size)`): bfloat16 or float32; as plain weights are. For few
             tokens, what is beyond 2**47 becomes infinite.
         weights (`torch.Tensor` of shape `(tokens, top_k)`, float32), chosen (same shape, int64).
         table ([`ExpertTable`]): of the device that `x` is on.
@@ -291,7 +291,7 @@ def _(x, weight, bias, top_k, normalize, scaling):
 
 
 def _kind(dtype: torch.dtype):
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+    return {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
 
 
 def _settings(x, group_size, aligned, blocks: Blocks) -> dict:

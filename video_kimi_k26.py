@@ -18,7 +18,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from .media_kimi_k26 import MediaError, MediaLimits, describe, is_array, load_image, open_source, to_numpy
+from .media_kimi_k26 import MediaError, MediaLimits, is_array, load_image, open_source, short_name, to_numpy
 
 
 ChooseFrames = Callable[[int, float], list[int]]  # (frames in the video, frames per second) -> indices, ascending
@@ -59,7 +59,7 @@ def read_video(
         raise MediaError("fps is the rate of decoded frames and a video file has its own; to sample it, set sample_fps")
     file, owned = open_source(source, limits)
     try:
-        timeline = _read_timeline(file, describe(source), limits)
+        timeline = _read_timeline(file, short_name(source), limits)
         indices = _check_indices(choose(timeline.total_frames, timeline.fps), timeline.total_frames)
     except BaseException:
         if owned:

@@ -23,6 +23,9 @@ SPLIT_PATTERN = "|".join(
     ]
 )
 
+SPECIAL_IDS = 256  # behind the byte pairs
+MEDIA_PAD = "<|media_pad|>"  # that of them which stands for a picture or a clip
+
 # tiktoken panics on longer input. The published tokenizer cuts at exactly these lengths, and where text is cut shows in
 # the ids, so they are part of the vocabulary.
 MAX_PIECE_CHARS = 400_000

@@ -12,6 +12,9 @@ COMMANDS = {
     "quantize": "write a checkpoint with INT4 experts, or an INT4 one with plain weights",
     "serve": "answer many users at once over HTTP, as OpenAI's API does",
 }
+# Sampling as the model's makers recommend it; the temperature by whether the model thinks.
+TEMPERATURE = {True: 1.0, False: 0.6}
+TOP_P = 0.95
 
 
 class CommandError(Exception):

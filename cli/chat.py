@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from .dialogue import THINKING, TOP_P, ChatError, Dialogue, Settings
+from . import TOP_P
+from .dialogue import THINKING, ChatError, Dialogue, Settings
 from .loading import add_options, between, load_checkpoint, positive
 
 try:

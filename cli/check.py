@@ -88,9 +88,9 @@ def check(folder: Path, progress=iter) -> tuple[list, str]:
     if config is not None:
         findings += check_ids(folder, config)
     findings += _small_files(folder, content)
-    size = sum(shard.size for shard in checkpoint.shards if hasattr(shard, "size")) / 2**30
+    size = sum(shard.size for shard in checkpoint.shards) / 2**30
     summary = f"{len(checkpoint.shards)} files of weights, {len(checkpoint.where):,} tensors, {size:,.2f} GiB"
-    if all(map(is_hollow, checkpoint.shards)):
+    if checkpoint.shards and all(map(is_hollow, checkpoint.shards)):
         summary += " (sparse files without data: no values were judged)"
     return list(dict.fromkeys(findings)), summary
 

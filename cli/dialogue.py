@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 from ..response_kimi import ResponseParser, join_deltas
+from . import TEMPERATURE, TOP_P
 
 THINKING = {
     "on": {"thinking": True},
     "off": {"thinking": False},
     "keep": {"thinking": True, "preserve_thinking": True},
 }
-TEMPERATURE = {"on": 1.0, "off": 0.6, "keep": 1.0}  # as the model's makers recommend
-TOP_P = 0.95
 
 
 class ChatError(Exception):
@@ -192,7 +191,7 @@ class Dialogue:
     def _choice(self) -> dict:
         """How `generate` chooses tokens."""
         temperature = self.settings.temperature
-        temperature = TEMPERATURE[self.think] if temperature is None else temperature
+        temperature = TEMPERATURE[self.think != "off"] if temperature is None else temperature
         if temperature == 0:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": temperature, "top_p": self.settings.top_p, "top_k": 0}

@@ -64,16 +64,12 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from tqdm import tqdm
     from transformers import logging
-
-    def bar(total):
-        return tqdm(total=total, desc="Converting", unit="B", unit_scale=True, file=sys.stderr)
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        lines = convert(args.source, args.target, args.to, bar)
+        lines = convert(args.source, args.target, args.to, show_progress=True)
     except OSError as error:
         again = "run the command again to go on from there"
         raise CommandError(f"{error.filename or args.target}: {error.strerror or error}; {again}") from error
@@ -96,14 +92,14 @@ class Piece:
     begin: int = 0
 
 
-def convert(source: Path, target: Path, to: str = "int4", bar: Callable | None = None) -> list[str]:
+def convert(source: Path, target: Path, to: str = "int4", show_progress: bool = False) -> list[str]:
     """Writes the checkpoint `source` to `target` with its routed experts in another form.
 
     Args:
         source: A checkpoint of this model, bfloat16 or float32 outside the experts.
         target: The folder to write.
         to: "int4" or "bfloat16".
-        bar: Makes a progress bar (a context manager with `update`) for so many bytes of IN.
+        show_progress: Whether a bar on standard error shows how much of IN has been read.
 
     Returns:
         Lines that say what was done.
@@ -113,6 +109,7 @@ def convert(source: Path, target: Path, to: str = "int4", bar: Callable | None =
         OSError: A file could not be read or written. The same call again goes on from there.
     """
     import torch
+    from tqdm import tqdm
 
     from ..checkpoint_kimi_k26 import SINGLE_FILE, Checkpoint, CheckpointError
 
@@ -139,7 +136,7 @@ def convert(source: Path, target: Path, to: str = "int4", bar: Callable | None =
         raise CommandError(f"{target} has not enough room: {needed / 2**20:,.0f} MiB more are needed")
     kept = 0
     total = sum(_read_size(checkpoint, pieces) for pieces in plans.values())
-    with bar(total) if bar else _NoBar() as progress:
+    with tqdm(total=total, desc="Converting", unit="B", unit_scale=True, file=sys.stderr, disable=not show_progress) as progress:
         for name, pieces in plans.items():
             if name in record["done"] and _checksum(target / name) == record["done"][name]:
                 kept += 1
@@ -161,17 +158,6 @@ def convert(source: Path, target: Path, to: str = "int4", bar: Callable | None =
     size = sum(piece.size for pieces in plans.values() for piece in pieces)
     lines = [f"{target}: {len(experts):,} expert weights as {to}, {len(plans)} files, {size / 2**30:,.2f} GiB"]
     return lines + ([f"{kept} files were there from an earlier run, and sound"] if kept else [])
-
-
-class _NoBar:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def update(self, count):
-        pass
 
 
 # ---- What is to be written ----

@@ -35,7 +35,6 @@ COLOURS = {
 SHAPES = {"circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "cross": "十字形"}
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 RATE = 12  # frames a second of the films
-CALL = re.compile(r"<\|tool_call_begin\|>(.+?)<\|tool_call_argument_begin\|>(.*?)<\|tool_call_end\|>", re.DOTALL)
 
 
 # -- drawing ---------------------------------------------------------------------------------------------------------
@@ -274,11 +273,10 @@ class Speaker:
         ).to(self.model.device)
         output = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         new = output[0, inputs["input_ids"].shape[1] :]
-        text = self.processor.decode(new, skip_special_tokens=True)
+        reply = self.processor.parse_response(new, flags.get("thinking", True))
         seconds = time.perf_counter() - start
-        thought, _, said = text.partition("</think>") if flags.get("thinking", True) else ("", "", text)
-        content, _, section = said.partition("<|tool_calls_section_begin|>")
-        return Turn(thought, content, CALL.findall(section), len(new), seconds, frames_of(inputs))
+        calls = [(call["id"], call["function"]["arguments"]) for call in reply["tool_calls"]]
+        return Turn(reply["reasoning"], reply["content"], calls, len(new), seconds, frames_of(inputs))
 
 
 def frames_of(inputs) -> list[Image.Image]:

@@ -5,11 +5,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from ..vocabulary_kimi import write_ranks
+from ..vocabulary_kimi import SPECIAL_IDS, write_ranks
 from .attach import attach
+from .quantize import BLOCK
 
 MERGES = 256
-SPECIAL_IDS = 256
 
 # Offsets behind the byte-pair ranks, as published; the ids between are `<|reserved_token_N|>`. Markers of tools and
 # thinking are part of what the model says, so they are not "special" and survive `skip_special_tokens`.
@@ -41,7 +41,7 @@ SPOKEN_TOKENS = {
     23: "</think>",
 }
 
-# As published: rotary frequencies, and the routed experts as INT4 words with a scale to 32 inputs.
+# As published.
 YARN = {
     "type": "yarn",
     "factor": 64.0,
@@ -50,19 +50,6 @@ YARN = {
     "beta_slow": 1.0,
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
-}
-_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
-INT4_EXPERTS = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "quantization_status": "compressed",
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _WEIGHTS}},
-    "ignore": [
-        "lm_head",
-        "re:.*self_attn.*",
-        "re:.*shared_experts.*",
-        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-    ],
 }
 
 SAMPLE = """
@@ -164,7 +151,7 @@ def tiny_config(first_special: int, quantized: bool) -> dict:
         "tie_word_embeddings": False,
     }
     if quantized:
-        text["quantization_config"] = INT4_EXPERTS
+        text["quantization_config"] = BLOCK
     vision = {
         "patch_size": 14,
         "init_pos_emb_height": 8,

@@ -28,6 +28,5 @@ content = [{"type": "image", "image": picture}, {"type": "text", "text": args.qu
 messages = [{"role": "user", "content": content}]
 inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
 output = model.generate(**inputs.to(model.device), max_new_tokens=2048)
-reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-reasoning, _, answer = reply.partition("</think>")
-print(f"> {args.question}\n(thinks: {reasoning})\n{answer}")
+reply = processor.parse_response(output[0, inputs["input_ids"].shape[1] :])
+print(f"> {args.question}\n(thinks: {reply['reasoning']})\n{reply['content']}")

@@ -205,7 +205,7 @@ def test_processes_find_together_the_directions_of_one(model, monkeypatch):
     ],
 )
 def test_the_steps_of_a_comparison(first, second, steps, bigger):
-    assert dialogues.compare_steps(first, second, False) == (steps, bigger)
+    assert dialogues.compare_steps(first, second) == (steps, bigger)
 
 
 def test_the_judge_accepts_the_right_answer_and_no_other():

@@ -74,13 +74,6 @@ def test_few_tokens_are_multiplied_without_rounding(small_blocks):
     assert got.dtype == torch.float32 and error(got, loops(experts, x, weights, chosen)) < 1e-5
 
 
-def test_half_precision(small_blocks):
-    experts = make_experts(3)
-    for tokens in (2, 10):
-        x, (weights, chosen) = rows(tokens, 160, torch.float16), route(tokens, 3, top_k=2)
-        assert error(grouped_experts(x, weights, chosen, table_of(experts)), loops(experts, x, weights, chosen)) < 0.005
-
-
 ROUTINGS = {
     "one expert takes all": torch.full((40, 1), 2),
     "two experts take all": torch.tensor([[5, 1]]).expand(40, 2),

@@ -17,7 +17,7 @@ from .service import Service
 from .talks import ClientLeft, EventStream, Inbox, Room, Talk, failure, now, read_body, watch_client
 
 GONE = 499  # nobody reads it
-DESKS, STUDIOS = 4, 2  # threads that read requests without and with pictures and videos, which take memory
+TEXT_THREADS, MEDIA_THREADS = 4, 2  # threads that read requests without and with pictures and videos, which take memory
 
 
 def create_app(service: Service, api_keys: tuple[str, ...] = ()) -> FastAPI:
@@ -28,7 +28,7 @@ def create_app(service: Service, api_keys: tuple[str, ...] = ()) -> FastAPI:
         api_keys: one of which `/v1/…` asks for, if there are any.
     """
     metrics = Metrics()
-    desk, studio = (ThreadPoolExecutor(count, name) for count, name in ((DESKS, "desk"), (STUDIOS, "studio")))
+    text_pool, media_pool = ThreadPoolExecutor(TEXT_THREADS, "text"), ThreadPoolExecutor(MEDIA_THREADS, "media")
     limits, engine = service.limits, service.engine
     room = Room(engine.rows + engine.queue, limits.memory)
 
@@ -38,13 +38,13 @@ def create_app(service: Service, api_keys: tuple[str, ...] = ()) -> FastAPI:
         yield
         engine.close(halt=True)
         await asyncio.to_thread(engine.join, 30.0)
-        for pool in (desk, studio):
+        for pool in (text_pool, media_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
     hidden = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
     app = FastAPI(title="Kimi-K2.6", lifespan=lifespan, redirect_slashes=False, **hidden)
 
-    def told(error: ApiError) -> Response:
+    def error_response(error: ApiError) -> Response:
         metrics.answers[error.status] += 1
         headers = {"Retry-After": str(error.retry_after)} if error.retry_after is not None else {}
         headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
@@ -53,16 +53,16 @@ def create_app(service: Service, api_keys: tuple[str, ...] = ()) -> FastAPI:
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
-        return told(error)
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         code = error.detail.lower().replace(" ", "_")
-        return told(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code=code))
+        return error_response(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code=code))
 
     @app.exception_handler(Exception)
     async def on_error(request: Request, error: Exception) -> Response:
-        return told(failure("error", 0))  # the server logs it
+        return error_response(failure("error", 0))  # the server logs it
 
     def check_key(request: Request) -> None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -110,9 +110,9 @@ def create_app(service: Service, api_keys: tuple[str, ...] = ()) -> FastAPI:
         place = room.enter()
         try:
             body = await read_body(request, place, limits.max_body, limits.body_seconds)
-            draft = await loop.run_in_executor(desk, service.read, body)
+            draft = await loop.run_in_executor(text_pool, service.read, body)
             del body
-            pool = studio if draft.has_media else desk
+            pool = media_pool if draft.has_media else text_pool
             prepared = await loop.run_in_executor(pool, service.prepare, draft, arrived + limits.seconds)
             del draft
             place.let_go()
@@ -136,7 +136,7 @@ def create_app(service: Service, api_keys: tuple[str, ...] = ()) -> FastAPI:
                 return EventStream(talk, first)
             return JSONResponse(await talk.whole(first))
         except ClientLeft:
-            talk.close()
+            talk.close(left=True)
             return Response(status_code=GONE)
         except BaseException:
             talk.close()

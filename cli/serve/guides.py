@@ -20,7 +20,7 @@ import tiktoken
 import torch
 
 from ...response_kimi import CALL_ARGUMENTS, CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, THINK, THINK_END
-from ...vocabulary_kimi import SPLIT_PATTERN, spelled
+from ...vocabulary_kimi import SPECIAL_IDS, SPLIT_PATTERN, spelled
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Guides:
     def __init__(self, tokenizer, end_ids: Iterable[int]):
         self._ids = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         self._end_ids = sorted(end_ids)
-        ranks = tokenizer.vocab_size - 256
+        ranks = tokenizer.vocab_size - SPECIAL_IDS
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         encoding = tiktoken.Encoding(
             "kimi",

@@ -12,8 +12,6 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from .errors import ApiError
 
 FUNCTION_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
-DEFAULT_TEMPERATURE = {True: 1.0, False: 0.6}  # by whether the model thinks
-DEFAULT_TOP_P = 0.95
 
 
 class Part(BaseModel):

@@ -10,13 +10,14 @@ from typing import Optional
 from jinja2 import TemplateError
 
 from ...media_kimi_k26 import MediaError, MediaLimits
+from .. import TEMPERATURE, TOP_P
 from .engine import Clip, Engine, Prompt, Sequence, prompt_keys
 from .errors import ApiError
 from .guides import Guides, SchemaError
 from .media import MediaPolicy, load_media
 from .replies import Answer, Event, Reply
 from .sampling import Sampler, Settings
-from .schema import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, ChatRequest, parse_request
+from .schema import ChatRequest, parse_request
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Service:
             if int(index) >= vocabulary:
                 raise ApiError(400, f"logit_bias: ids are 0 to {vocabulary - 1}, got {index}", param="logit_bias")
         if self.limits.fixed_sampling:
-            fixed = {"temperature": DEFAULT_TEMPERATURE[request.thinks], "top_p": DEFAULT_TOP_P, "n": 1}
+            fixed = {"temperature": TEMPERATURE[request.thinks], "top_p": TOP_P, "n": 1}
             fixed |= {"presence_penalty": 0, "frequency_penalty": 0}
             for name, value in fixed.items():
                 if getattr(request, name) not in (None, value):
@@ -142,8 +143,8 @@ class Service:
     def _settings(self, request: ChatRequest) -> Settings:
         temperature = request.temperature
         return Settings(
-            temperature=DEFAULT_TEMPERATURE[request.thinks] if temperature is None else temperature,
-            top_p=DEFAULT_TOP_P if request.top_p is None else request.top_p,
+            temperature=TEMPERATURE[request.thinks] if temperature is None else temperature,
+            top_p=TOP_P if request.top_p is None else request.top_p,
             top_k=max(0, request.top_k or 0),
             min_p=request.min_p or 0.0,
             presence_penalty=request.presence_penalty or 0.0,

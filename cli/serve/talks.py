@@ -188,8 +188,8 @@ class Talk:
             events = await self.events()
         yield [*made, *self.answer.last_chunks()]
 
-    def close(self, status: Optional[int] = None) -> None:
-        """The answer is complete, with `status`; or nothing more of it is wanted."""
+    def close(self, status: Optional[int] = None, left: bool = False) -> None:
+        """The answer is complete, with `status`; or nothing more of it is wanted, as the client has `left` or there was an error."""
         if self._closed:
             return
         self._closed = True
@@ -200,7 +200,7 @@ class Talk:
         if status is not None:
             self._metrics.answers[status] += 1
             self._metrics.whole.add(now() - self._arrived)
-        elif not self.answer.is_over:
+        elif left:
             self._metrics.left += 1
 
 
@@ -216,7 +216,7 @@ class EventStream(Response):
         try:
             await asyncio.wait_for(self._write_all(send), self._talk.seconds_left() + LAST_WORDS)
         except (ClientLeft, asyncio.TimeoutError):  # or it stays, and does not read what it is sent
-            pass
+            self._talk.close(left=True)
         finally:
             self._talk.close()
 

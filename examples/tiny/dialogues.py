@@ -55,7 +55,7 @@ def random_kinds(rng: Random, count: int, distinct: bool = True) -> list[tuple[s
     return kinds
 
 
-def _ask(rng: Random, question: str, media: list, chinese: bool = False) -> list[dict]:
+def _ask(rng: Random, question: str, media: list) -> list[dict]:
     """A system message, perhaps, and the user's question with its media before or after the words."""
     messages = []
     if rng.random() < 0.3:
@@ -229,8 +229,9 @@ def _way(move: str) -> str:
 
 
 def _appearance(film: Film) -> tuple[int, str, int]:
-    """Clip in which the last figure is first seen, the clip's second as written, and the second of the appearance."""
-    for clip, (time, indices) in enumerate(film_clips(film)):
+    """The place within its clip of the frame that shows the last figure first, the clip's second as written, and the second of
+    the appearance."""
+    for time, indices in film_clips(film):
         for place, index in enumerate(indices):
             if index / film.fps >= film.start[-1] - 1e-6:
                 return place, time[6:8], int(time[6:8]) + place // 2
@@ -355,7 +356,7 @@ def random_pair(rng: Random) -> tuple[str, str]:
     return (first, second) if rng.random() < 0.5 else (second, first)
 
 
-def compare_steps(first: str, second: str, chinese: bool) -> tuple[str, str | None]:
+def compare_steps(first: str, second: str) -> tuple[str, str | None]:
     """The comparison digit by digit, and the bigger number (`None`: they are equal)."""
     (a, x), (b, y) = first.split("."), second.split(".")
     bigger = None
@@ -379,7 +380,7 @@ def compare_steps(first: str, second: str, chinese: bool) -> tuple[str, str | No
 def which_is_bigger(rng: Random) -> Case:
     first, second = random_pair(rng)
     chinese, thinking = rng.random() < 0.15, rng.random() < 0.4
-    thought, bigger = compare_steps(first, second, chinese)
+    thought, bigger = compare_steps(first, second)
     if chinese:
         reply = f"{bigger} 更大。" if bigger else "一样大。"
     else:
