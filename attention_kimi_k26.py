@@ -107,7 +107,7 @@ class AttentionSpan:
         query_index (`torch.Tensor` of shape `(queries,)`, int64): place of each query in the cache.
         first (`int`, *optional*): `query_index[0]`, where it is known without asking the device.
         attention_mask (`torch.Tensor`, *optional*): `(batch, keys)`, 0 for padding; or `(batch, 1, queries, keys)`,
-            boolean (true = visible) or added to the scores, which then decides alone.
+            boolean (true = visible) or added to the scores, which then decides alone. `ValueError` for others of four axes.
         documents (`torch.Tensor` of shape `(batch, queries)`, *optional*): number of the packed sequence of a token.
     """
 
@@ -115,6 +115,8 @@ class AttentionSpan:
         self.query_index, self.first, self.documents = query_index, first, documents
         self.padding = self.given = None
         if attention_mask is not None and attention_mask.dim() == 4:
+            if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+                raise ValueError(f"an attention_mask of four axes must be boolean or floating point, not {attention_mask.dtype}")
             self.given = attention_mask
         elif attention_mask is not None:
             self.padding = attention_mask.to(torch.bool)
@@ -142,7 +144,7 @@ class AttentionSpan:
         """Whether the queries are known to stand one after the other; main memory is looked at, another device is not asked."""
         if torch.compiler.is_compiling() or self.query_index.device.type != "cpu":
             return self.first is not None
-        places = torch.arange(self.begin, self.begin + len(self.query_index))
+        places = torch.arange(self.begin, self.begin + len(self.query_index), device="cpu")
         return torch.equal(self.query_index, places)
 
     def knows_padding(self, batch: int, queries: int) -> bool:
@@ -291,7 +293,7 @@ class KimiK26Attention(nn.Module):
         expansion = current_weight(self.kv_b_proj).unflatten(0, (self.heads, -1))  # (heads, nope + v_dim, rank)
         query_nope, query_rope = query_nope.transpose(1, 2), query_rope.transpose(1, 2)  # (batch, heads, queries, …)
         given = (query_nope, query_rope, latent, rotary_key, expansion, span)
-        natively = not output_attentions and self.config._attn_implementation != "eager" and serves_attention(self, query_nope, latent.shape[1], span)
+        natively = not output_attentions and self.config._attn_implementation != "eager" and serves_attention(self, query_nope, latent, rotary_key, span)
         few = self.are_few(query_nope.shape[2], span.begin) if natively else query_nope.shape[2] <= self.few_queries
         if few and natively and serves_latents(self, query_nope, latent, rotary_key, expansion):
             out, weights = self.on_latents_natively(*given), None

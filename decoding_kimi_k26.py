@@ -31,8 +31,9 @@ from .native_kimi_k26 import (
 )
 
 
-# The modules whose sums the kernels know. By name: in version 5 of the library each entry module has classes of its own.
-KNOWN = {f"KimiK26{name}" for name in ("Attention", "Experts", "Int4Linear", "MLP", "MoE", "RMSNorm", "Router")} | {"Linear"}
+# The modules whose sums the kernels know, beside PyTorch's linear layer. By name: in version 5 of the library each entry module has
+# classes of its own.
+KNOWN = {f"KimiK26{name}" for name in ("Attention", "Experts", "Int4Linear", "MLP", "MoE", "RMSNorm", "Router")}
 # Whether PyTorch's products in bfloat16 are fast: on processors without AVX-512 they have a seventh of the speed in float32.
 HAS_FAST_PRODUCTS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 FEW = 16  # rows, up to which the kernel of few is faster than the one of many
@@ -54,16 +55,17 @@ class Weights:
 
     def module(self, parent: nn.Module, name: str) -> nn.Module:
         module = parent._modules[name]
-        self.fits &= type(module).__name__ in KNOWN
+        self.fits &= type(module) is nn.Linear or type(module).__name__ in KNOWN  # adapters have a `Linear`, too
         if not any(modules is parent._modules and name == known for modules, known, _ in self._modules):  # weight, then bias
             self._modules.append((parent._modules, name, module))
         return module
 
     def weight(self, parent: nn.Module, module: str, name: str = "weight"):
-        """The address of a parameter, or `None` where there is none."""
+        """The address of a parameter, or `None` where there is none, as there may be of a bias."""
         parameters = self.module(parent, module)._parameters
         parameter = parameters.get(name)
         if parameter is None:
+            self.fits &= name.endswith("bias")
             return None
         dtype = torch.float32 if name == "e_score_correction_bias" else torch.bfloat16
         self.fits &= is_readable(parameter, dtype)
@@ -147,6 +149,7 @@ class NativeLayer(Weights):
             described.bias = self.weight(mlp, "gate", "e_score_correction_bias")
             described.experts = config.n_routed_experts
             described.top_k, described.groups, described.top_groups, described.normalize, described.scaling = self.routing
+            self.fits &= can_route(described)
             described.expert_width, described.group_size = config.moe_intermediate_size, group
             network = None if mlp.shared_experts is None else self.module(mlp, "shared_experts")
         if network is not None:
@@ -170,6 +173,12 @@ def routing_of(mlp: nn.Module) -> Optional[tuple]:
     """How a layer's router chooses, where it has one."""
     router = mlp._modules.get("gate") if "experts" in mlp._modules else None
     return router and (router.top_k, router.n_group, router.topk_group, router.normalize, router.scaling)
+
+
+def can_route(described: FeedForward) -> bool:
+    """Whether there are so many experts, groups and experts of these groups to choose from."""
+    groups, chosen = (described.groups, described.top_groups) if described.groups > 1 else (1, 1)
+    return described.experts % groups == 0 and 0 < chosen <= groups and 0 < described.top_k <= described.experts // groups * chosen
 
 
 Place = tuple[torch.Tensor, torch.Tensor, int]  # latents and rotary keys of a layer, and how many tokens are before the new ones
@@ -277,7 +286,7 @@ class NativeDecoder:
             where.rotary_row, _, where.rotary_key, _ = values.stride()
             where.mask, where.mask_row = mask, mask_row
         self._refresh_experts(thorough=new > 1 or places[0][2] == 0)
-        logits = torch.empty(len(self.experts), rows, self.routed)
+        logits = torch.empty(len(self.experts), rows, self.routed, dtype=torch.float32, device=x.device)
         scores = x.new_empty(sequences, new, 0 if head is None else head.shape[0])
         step = Step(*addresses(x, middle, normed, cos, sin, logits, weights, chosen), rows=rows)
         if head is not None:
@@ -306,7 +315,7 @@ class NativeDecoder:
         the other, as memory that has just come takes longer to get."""
         if self._scratch is None or self._scratch[0].shape != x.shape:
             pairs = (len(self.experts), x.shape[0] * x.shape[1], self.top_k)
-            weights, chosen = torch.empty(pairs), torch.empty(pairs, dtype=torch.int64)
+            weights, chosen = (torch.empty(pairs, dtype=dtype, device=x.device) for dtype in (torch.float32, torch.int64))
             self._scratch = torch.empty_like(x), torch.empty_like(x), weights, chosen
         return self._scratch
 
@@ -394,7 +403,7 @@ def head_for(x: torch.Tensor, linear: nn.Module) -> Optional[torch.Tensor]:
     """The weight of an output layer where the kernels can read it and serve `x`, `(batch, length, hidden_size)`, else `None`."""
     few = x.shape[0] * x.shape[1] <= MOST_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
     serves = few and not torch.is_grad_enabled() and _reads_plainly(linear) and linear.bias is None
-    return linear.weight if serves else None
+    return linear.weight if serves and linear.weight.shape[1] == x.shape[-1] else None
 
 
 # In a compiled graph the product is an operation, whose name has the module's, which may be loaded more than once.
@@ -418,7 +427,7 @@ def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
     """`torch.nn.functional.linear`. Where PyTorch's products in bfloat16 are slow by the native kernels; widths that they do not
     know in float32, with the weights of some outputs at a time, and rounded once."""
-    if HAS_FAST_PRODUCTS or not serves(x) or weight.dtype != x.dtype or not weight.is_contiguous():
+    if HAS_FAST_PRODUCTS or not serves(x) or weight.dtype != x.dtype or weight.shape[1] != x.shape[-1] or not weight.is_contiguous():
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if len(rows) <= FEW and bias is None:
@@ -481,22 +490,24 @@ def serves_latents(attention: nn.Module, query: torch.Tensor, latent: torch.Tens
         knows_widths(attention)
         and evenly
         and latent.stride(-1) == rotary.stride(-1) == 1
-        and latent.dtype == rotary.dtype == expansion.dtype == query.dtype
+        and expansion.dtype == query.dtype
         and expansion.is_contiguous()
     )
 
 
-def serves_attention(attention: nn.Module, query: torch.Tensor, keys: int, span) -> bool:
-    """Whether the native kernels can answer these queries, `(batch, heads, queries, nope)`, over so many keys: bfloat16 on the
+def serves_attention(attention: nn.Module, query: torch.Tensor, latent: torch.Tensor, rotary: torch.Tensor, span) -> bool:
+    """Whether the native kernels can answer these queries, `(batch, heads, queries, nope)`, over these keys: bfloat16 on the
     CPU, without gradients, each query seeing all up to itself but padding."""
     return (
         serves(query)
+        and latent.dtype == rotary.dtype == query.dtype  # a cache of a model in float32 holds that under autocast, too
+        and attention.nope % 2 == attention.rope % 2 == 0
         and query.stride(-1) == 1
         and span.given is None
         and span.documents is None
         and span.knows_padding(query.shape[0], query.shape[2])
         and span.follows
-        and span.begin + query.shape[2] <= keys  # some caches give the last ones alone
+        and span.begin + query.shape[2] <= latent.shape[1]  # some caches give the last ones alone
         and not (attention.training and attention.config.attention_dropout)
     )
 
@@ -508,6 +519,7 @@ def serves_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and type(weight) is nn.Parameter
         and serves(x)
         and weight.dtype == x.dtype
+        and weight.shape == x.shape[-1:]
         and weight.device == x.device
         and x.is_contiguous()
     )

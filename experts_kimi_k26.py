@@ -366,7 +366,7 @@ class KimiK26Experts(nn.ModuleList):
             held = {number: self.known.find(number) for number in asked}
         if None in held.values():
             return None
-        found = torch.tensor([held[number].address if number in held else 0 for number in range(len(self))])
+        found = torch.tensor([held[number].address if number in held else 0 for number in range(len(self))], device=x.device)
         table, parts = found[routing.chosen], []
         for some in (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(x), ROWS_AT_ONCE)):
             given = (part[some].contiguous() for part in (x, routing.weights, routing.chosen, table))
@@ -466,7 +466,7 @@ class KimiK26MoE(nn.Module):
             weights = weights_of(self.shared_experts)
             if self._shared is None or not self._shared[0].lists(0, weights):
                 table = table_for(x.device, [weights])
-                once = torch.ones(FEW_TOKENS, 1, device=x.device)
+                once = torch.ones(FEW_TOKENS, 1, dtype=torch.float32, device=x.device)
                 self._shared = table and (table, once, once.long() - 1)
         if len(x) > FEW_TOKENS or self._shared is None or self._shared[0].device != x.device or not self._shared[0].serves(x):
             return None

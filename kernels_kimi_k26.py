@@ -42,10 +42,10 @@ static inline __m512 wide16(const bf16* x, __mmask16 there) { return wide16(_mm2
 static inline __m256i narrow16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 static inline void narrow16(bf16* to, __m512 x, __mmask16 there) { _mm256_mask_storeu_epi16(to, there, narrow16(x)); }
 static inline __m512 rounded16(__m512 x) { return wide16(narrow16(x)); }
-static inline __mmask16 first16(i64 count) { return count >= 16 ? 0xffff : (1 << count) - 1; }
+static inline __mmask16 first16(i64 count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1; }
 static inline __m512bh load32(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
 static inline __m512bh load32(const bf16* x, __mmask32 there) { return (__m512bh)_mm512_maskz_loadu_epi16(there, x); }
-static inline __mmask32 first32(i64 count) { return count >= 32 ? ~0u : (1u << count) - 1; }
+static inline __mmask32 first32(i64 count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
 
 // 2^x: that of the whole part times a polynomial of the rest, from 0 to 1; 0 far below. Of its degree it is the one that is 1 at 0 and whose
 // largest relative error is least: 9e-8, and 1.4e-7 as floats are rounded.

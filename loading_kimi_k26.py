@@ -93,7 +93,7 @@ def load_mapped(cls, folder, expert_budget, kwargs: dict):
     checkpoint, stored = Checkpoint(folder), _stored_dtype(folder)
     for part in (config, config.text_config):
         if dtype != "auto":
-            part.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+            part.dtype = _dtype_called(dtype) if isinstance(dtype, str) else dtype
     with built_on_meta(config.dtype or torch.float32):
         model = cls(config, **kwargs)
     findings = findings_at_load(checkpoint, model, stored)
@@ -115,6 +115,13 @@ def load_mapped(cls, folder, expert_budget, kwargs: dict):
     _trim_heap()
     nothing = {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
     return (model, nothing) if loading_info else model
+
+
+def _dtype_called(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be 'auto' or the name of one of PyTorch's, such as 'bfloat16', not {name!r}")
+    return dtype
 
 
 def _trim_heap():

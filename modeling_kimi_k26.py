@@ -470,16 +470,12 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, inputs_embeds=None, media_features=None, media_index=None, **kwargs
     ):
-        places, positions = kwargs.get("cache_position"), kwargs.get("position_ids")
-        if places is not None and positions is not None and positions.shape == (1, len(places)):
-            # transformers 4 counts the positions of a prompt's chunk from the start of the padding. Without them it
-            # counts from the mask.
-            if kwargs.get("attention_mask") is not None and torch.equal(positions[0], places):
-                del kwargs["position_ids"]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if kwargs.pop("proposes", False) and kwargs.get("is_first_iteration") and inputs_embeds is None and 0 < past < input_ids.shape[1]:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - past
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if past > 0 or media_index is not None:
             model_inputs.pop("pixel_values", None)
             model_inputs.pop("grid_thws", None)
@@ -491,6 +487,37 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
                 index = nn.functional.pad(index, (0, length - index.shape[1]), value=-1)
                 model_inputs["media_features"], model_inputs["media_index"] = media_features, index
         return model_inputs
+
+    def _prefill_chunking(self, input_ids, generation_config, attention_mask=None, **model_kwargs):
+        """Prefill in chunks, for transformers 4, whose own counts positions from the start of the padding and of a filled cache."""
+        if "past_key_values" not in model_kwargs:
+            raise ValueError("prefill_chunk_size needs a cache")
+        cache = model_kwargs["past_key_values"]
+        past = int(cache.get_seq_length())
+        for chunk in input_ids[:, past:-1].split(generation_config.prefill_chunk_size, dim=-1):
+            end = past + chunk.shape[1]
+            places = torch.arange(past, end, device=input_ids.device)
+            mask = None if attention_mask is None else attention_mask[:, :end]
+            given = model_kwargs | {"attention_mask": mask, "cache_position": places}
+            self(**self.prepare_inputs_for_generation(input_ids[:, :end], **given), return_dict=True)
+            past = end
+        last = torch.arange(past, input_ids.shape[1], device=input_ids.device)
+        return model_kwargs | {"attention_mask": attention_mask, "cache_position": last}
+
+    def _assisted_decoding(self, *args, **kwargs):
+        # Where tokens are proposed, transformers 5 forgets that a cache may hold the beginning of the first ids.
+        return super()._assisted_decoding(*args, proposes=True, **kwargs)
+
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        given = {key: value for key, value in model_kwargs.items() if key != "proposes"}  # the assistant may be any model
+        return super()._get_candidate_generator(*args, model_kwargs=given, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Not there: the library's pages hold keys and values of heads, not latents."""
+        raise NotImplementedError(
+            "generate_batch and cache_implementation='paged' cannot hold this model's latents; `generate` takes batches, and "
+            "`kimi-k26 serve` decodes requests together that come and go"
+        )
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens=1, **kwargs):
         before = model_kwargs.get("position_ids")

@@ -12,9 +12,10 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
+import numpy as np
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
 
 from .chat_kimi import RenderedChat, check_messages, is_batch_of_chats, render_chats
 from .image_processing_kimi_k26 import (
@@ -58,6 +59,8 @@ CALL_KEYS = frozenset((
     *PADDING_KEYS, *CUTTING_KEYS, *TOKENIZER_KEYS, *MEDIA_KEYS, "media_limits", "fps", "video_metadata", "images",
     "videos", "text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs",
 ))  # fmt: skip
+# Those that the library has for other models' pictures and videos: none is a variable of a template, and none is passed over.
+LIBRARY_MEDIA_KEYS = frozenset((*ImagesKwargs.__annotations__, *VideosKwargs.__annotations__)) - {"return_tensors"}
 
 
 @dataclass
@@ -256,6 +259,8 @@ class KimiK26Processor(ProcessorMixin):
                 extra = [fill] * (len(data["input_ids"][at]) - len(row))
                 rows[at] = extra + row if side == "left" else row + extra
             data[name] = rows
+        if options.return_tensors is not None and len({len(ids) for ids in data["input_ids"]}) == 1:  # rows of none, too, are integers
+            data = {name: np.asarray(rows, dtype=np.int64) for name, rows in data.items()}
         return data
 
     def _cut(self, columns: dict[str, list], at: int, media_tokens: int, options: "_Options") -> None:
@@ -313,7 +318,7 @@ class KimiK26Processor(ProcessorMixin):
         Raises `MediaError`, `ValueError` and `TypeError` naming the conversation (in a batch), message and part.
         """
         conversations, is_batch = check_messages(conversation), is_batch_of_chats(conversation)
-        call = {key: kwargs.pop(key) for key in list(kwargs) if key in CALL_KEYS}
+        call = {key: kwargs.pop(key) for key in list(kwargs) if key in CALL_KEYS or key in LIBRARY_MEDIA_KEYS}
         call.update(processor_kwargs or {})
         return_tensors = call.pop("return_tensors", return_tensors)
         return_tensors = None if return_tensors == "auto" else return_tensors  # version 5's "as the processor likes"

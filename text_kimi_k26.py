@@ -134,6 +134,11 @@ class KimiK26TextModel(nn.Module):
             return_dict (`bool`): without it a tuple of the hidden state, the cache, the hidden states, attention weights and router
                 logits that were asked for, and the logits of `head`, or `None` where it is yet to be applied.
         """
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size or not inputs_embeds.shape[1]:
+            given = f"{tuple(inputs_embeds.shape)}, not (batch, length, {self.config.hidden_size})"
+            raise ValueError(f"the input has the shape {given} with at least one token")
+        if attention_mask is not None and attention_mask.dim() not in (2, 4):
+            raise ValueError(f"attention_mask has {attention_mask.dim()} axes; it must be (batch, keys) or (batch, 1, queries, keys)")
         may_be_packed = attention_mask is None and past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

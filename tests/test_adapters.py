@@ -143,6 +143,20 @@ def test_trainer_teaches_an_adapter(checkpointing, dtype, tiny_checkpoint, tmp_p
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("targets", [["o_proj"], ["q_a_proj"], ["kv_b_proj"], r".*shared_experts\.(up|down)_proj", ["lm_head"], "all-linear"], ids=str)
+def test_a_step_hears_an_adapter(targets, tiny_checkpoint):
+    """bfloat16 with a cache, as the native kernels would have it, whose layers are `Linear`, too."""
+    base = KimiK26ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    ids = words(1, 6)
+    base(ids, use_cache=True)
+    wrapped = adapted(base, targets).eval()
+    out = wrapped(input_ids=ids[:, :5], use_cache=True)
+    step = wrapped(input_ids=ids[:, 5:], past_key_values=out.past_key_values).logits
+    exact = logits_of(wrapped.to(torch.float32), ids)[:, -1:]
+    assert (step.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@torch.no_grad()
 def test_the_fast_experts_serve_an_adapter_too(tiny_checkpoint):
     """bfloat16 and few rows: the experts' own CPU layout, beside adapters everywhere else."""
     base = KimiK26ForConditionalGeneration.from_pretrained(tiny_checkpoint)

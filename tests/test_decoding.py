@@ -12,7 +12,7 @@ from kimi_k26 import decoding_kimi_k26
 from kimi_k26.attention_kimi_k26 import AttentionSpan
 from kimi_k26.cache_kimi_k26 import write_latents
 
-from .native_models import error, inputs, make, needs_kernels, one_step
+from .native_models import each_kind, error, inputs, make, needs_kernels, one_step  # noqa: F401
 
 
 pytestmark = needs_kernels
@@ -286,6 +286,72 @@ def test_an_expert_put_in_the_place_of_another_is_seen_at_the_next_prompt():
         want = copy.deepcopy(model)(ids[:, :length], use_cache=True).logits
         got = model(ids[:, :length], use_cache=True).logits
         assert torch.equal(got, want) and not torch.equal(got, before)
+
+
+@torch.no_grad()
+def test_more_experts_than_there_are_cannot_be_chosen():
+    model = make({})
+    ids = torch.randint(0, 90, (1, 6), generator=torch.Generator().manual_seed(0))
+    model(ids, use_cache=True)
+    for layer in model.language_model.model.layers[1:]:
+        layer.mlp.gate.top_k = 20
+    with pytest.raises(RuntimeError, match="out of range"):
+        model(ids, use_cache=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    model = make({"n_routed_experts": 64})
+    ids = torch.randint(0, 90, (4, 5), generator=torch.Generator().manual_seed(0))
+    asked = {"input_ids": ids, "use_cache": True, "output_router_logits": True}
+    want = model(**asked)
+    torch.set_default_dtype(dtype)
+    try:
+        got = [model(**asked) for _ in range(20)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one in got:
+        assert torch.equal(one.logits, want.logits)
+        assert all(map(torch.equal, one.router_logits, want.router_logits))
+
+
+@torch.no_grad()
+def test_inputs_and_output_layers_of_other_widths_are_refused():
+    model = make({})
+    for width in (48, 95, 192):
+        with pytest.raises(ValueError, match="length, 96"):
+            model(inputs_embeds=torch.randn(4, 5, width).bfloat16(), use_cache=True)
+    model.set_output_embeddings(torch.nn.Linear(4096, 100, bias=False).bfloat16())
+    for length in (3, 40):
+        with pytest.raises(RuntimeError, match="shape"):
+            model(torch.arange(length)[None], use_cache=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("widths", [{"qk_nope_head_dim": 25}, {"qk_nope_head_dim": 23, "v_head_dim": 21}], ids=str)
+def test_keys_of_an_odd_width(widths, each_kind):
+    model = make({**widths, "num_experts_per_tok": 8})
+    ids = torch.randint(0, 90, (1, 40), generator=torch.Generator().manual_seed(0))
+    want = copy.deepcopy(model).float()(ids).logits
+    for length in (40, 6):
+        assert error(model(ids[:, :length], use_cache=True).logits, want[:, :length]) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 6, 60])
+@pytest.mark.parametrize("cached", [False, True])
+def test_autocast_of_a_float32_model(length, cached):
+    """Its cache holds float32, its queries are bfloat16."""
+    model = make({"num_experts_per_tok": 8}).float()
+    ids = torch.randint(0, 90, (2, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, : length // 3] = 0
+    for given in ({}, {"attention_mask": mask}):
+        want = model(ids, **given).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model(ids, **given, use_cache=cached).logits
+        assert error(got[mask.bool()], want[mask.bool()]) < 0.05
 
 
 class Elsewhere(torch.Tensor):

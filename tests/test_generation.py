@@ -307,6 +307,50 @@ def test_a_dialogue_goes_on_from_its_cache(model, kind, new_ids_only, static):
             ids = out
 
 
+AHEAD = {
+    "lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": EOS},
+    "assisted": {"assistant_model": None},
+    "chunks": {"prefill_chunk_size": 3},
+    "one chunk": {"prefill_chunk_size": 1000},
+}
+
+
+@kinds
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("how", AHEAD)
+def test_a_dialogue_goes_on_in_every_mode(model, kind, static, how):
+    """Over a filled cache, whose tokens are neither read again nor counted twice."""
+    if static and how in ("lookup", "assisted"):
+        pytest.skip("the library takes no static cache where tokens are proposed")
+    extra = {key: model if key == "assistant_model" else value for key, value in AHEAD[how].items()}
+    ids, given = prompt(kind)
+    cache = StaticCache(config=model.config, max_cache_len=90) if static else DynamicCache()
+    for turn in range(3):
+        expected = greedy(model, ids, NEW, extra.get("eos_token_id"), **given)
+        out = model.generate(ids, **given, past_key_values=cache, max_new_tokens=NEW, do_sample=False, **extra)
+        # Looking up, transformers 4 may give a token more than it was asked for.
+        assert torch.equal(out[:, : expected.shape[1]], expected) and int(cache.get_seq_length()) < out.shape[1] <= expected.shape[1] + 1
+        ids = torch.cat((out, words(1, 6, seed=turn)), dim=1)
+
+
+def test_pages_are_refused(model):
+    """They hold keys and values of heads: the library would go on without a word."""
+    with pytest.raises((NotImplementedError, ValueError), match="latents|cache_implementation"):  # 4.57.6 refuses it itself
+        model.generate(words(1, 5), cache_implementation="paged", max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match="latents"):
+        model.generate_batch(inputs=[[1, 2, 3]])
+
+
+@torch.no_grad()
+def test_masks_that_could_mean_anything_are_refused(model):
+    ids = words(2, 6)
+    square = torch.ones(6, 6).tril()[None, None].expand(2, 1, 6, 6)
+    torch.testing.assert_close(model(ids, attention_mask=square.bool()).logits, model(ids).logits, **NEAR)
+    for mask in (square.long(), square[:, 0]):
+        with pytest.raises(ValueError, match="attention_mask"):
+            model(ids, attention_mask=mask)
+
+
 @kinds
 def test_embeddings_instead_of_ids(model, kind):
     ids, given = prompt(kind)
