@@ -5,9 +5,9 @@ import importlib
 import pytest
 import torch
 from accelerate import utils
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from kimi_k26 import KimiK26ForConditionalGeneration
+from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
 from kimi_k26.cli import CommandError, loading, main
 
 
@@ -22,6 +22,25 @@ def test_the_auto_classes_map_the_files_too(tiny_checkpoint, auto):
     model = auto.from_pretrained(tiny_checkpoint, trust_remote_code=True, dtype=torch.bfloat16, expert_budget="1MiB")
     words = model.language_model.model.layers[1].mlp.experts[0].gate_proj.weight_packed
     assert words.as_in_file[0] == words.data_ptr() and model.expert_store.budget == 2**20
+
+
+@pytest.mark.parametrize("auto", [AutoModelForImageTextToText, KimiK26ForConditionalGeneration])
+@pytest.mark.parametrize("where", ["argument", "config"])
+def test_the_attention_that_was_asked_for(tiny_checkpoint, auto, where):
+    remote = {} if auto is KimiK26ForConditionalGeneration else {"trust_remote_code": True}
+    given = {"attn_implementation": "eager"}
+    if where == "config":
+        kind = AutoConfig if remote else KimiK26Config
+        given = {"config": kind.from_pretrained(tiny_checkpoint, attn_implementation="eager", **remote)}
+    model = auto.from_pretrained(tiny_checkpoint, **given, **remote)
+    assert model.language_model.model.layers[0].self_attn.config._attn_implementation == "eager"
+    assert auto.from_pretrained(tiny_checkpoint, **remote).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", ["bf15", "Tensor"])
+def test_a_dtype_that_is_none(tiny_checkpoint, dtype):
+    with pytest.raises(ValueError, match=dtype):
+        KimiK26ForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=dtype)
 
 
 @pytest.mark.parametrize("gpus, wanted", [({}, {"cpu": "9GiB"}), ({0: 1000, 1: 2000}, {0: 900, 1: 1800, "cpu": "9GiB"})])

@@ -86,7 +86,8 @@ def test_text_alone_passes_unchanged(processor):
     output = processor(text=[expanded, "x"])
     assert output["input_ids"] == processor.tokenizer([expanded, "x"])["input_ids"]
     assert set(output) == {"input_ids", "attention_mask"}
-    assert processor(text="", return_tensors="pt")["input_ids"].shape == (1, 0)
+    nothing = processor(text="", return_tensors="pt")["input_ids"]
+    assert nothing.shape == (1, 0) and nothing.dtype == torch.int64
 
 
 def test_media_alone(processor):
@@ -121,6 +122,12 @@ def test_wrong_arguments(processor):
     for value in (False, 0, np.zeros(3)):  # not passed over because it says no
         with pytest.raises(TypeError, match="do_resize"):
             processor(text=IMAGE, images=SMALL, do_resize=value)
+    for name in ("num_frames", "size", "return_length"):  # other models' options, which no template knows either
+        with pytest.raises(TypeError, match=name):
+            processor(text=IMAGE, images=SMALL, **{name: 2})
+        if name != "return_length":
+            with pytest.raises(TypeError, match=name):
+                processor.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=True, **{name: 2})
     with pytest.raises(ValueError, match="in_patch_limit"):
         processor(images=SMALL, text=IMAGE, in_patch_limit=0)
 

@@ -157,9 +157,12 @@ def test_no_calls(server):
         assert "tool_calls" not in choice["message"] and choice["message"]["content"].startswith("Wait.")
 
 
+COUNT = {"type": "function", "function": {"name": "count"}}
+
+
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("streamed", [True, False])
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "count"}}])
+@pytest.mark.parametrize("choice", ["required", COUNT, {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [COUNT]}}], ids=str)
 def test_forced_calls(server, choice, thinking, streamed):
     """The model wants to answer in words, and may only call."""
     asked = script("Hm.</think>No.") if thinking else "(instant) " + script("No.")
@@ -183,7 +186,19 @@ def test_forced_calls(server, choice, thinking, streamed):
         arguments = json.loads(call["arguments"])
         assert set(arguments) == {"n"} and 1 <= arguments["n"] <= 9
     if choice != "required":
-        assert [call["name"] for call in calls] == ["count"]
+        assert {call["name"] for call in calls} == {"count"} and (len(calls) == 1 or choice["type"] == "allowed_tools")
+
+
+def test_allowed_tools(server):
+    """Without force the model calls whom it likes, and is held to what is allowed."""
+    tools, allowed = [tool("find"), tool("count", NUMBER)], lambda *names: {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": name}} for name in names]},
+    }
+    calls = server.chat(script(CALLS), tools=tools, tool_choice=allowed("find"))[1]["choices"][0]["message"]["tool_calls"]
+    assert {call["function"]["name"] for call in calls} == {"find"}
+    (choice,) = server.chat(script(CALLS), tools=tools, tool_choice=allowed("count"), max_tokens=300)[1]["choices"]
+    assert all(call["function"]["name"] == "count" for call in choice["message"].get("tool_calls", ()))
 
 
 def test_thinking_cannot_end_a_forced_reply(server):
@@ -232,6 +247,9 @@ def test_length(server):
     cut = len(server.processor.tokenizer.encode(CALLS.partition("b")[0]))
     choice = server.chat(script(CALLS), max_tokens=cut, tools=[tool("find")])[1]["choices"][0]
     assert choice["finish_reason"] == "length" and choice["message"]["tool_calls"][0]["malformed"]
+    cut = len(server.processor.tokenizer.encode(CALLS.partition("find:0")[0])) + 1  # within its name, which no client could know
+    choice = server.chat(script(CALLS), max_tokens=cut, tools=[tool("find")])[1]["choices"][0]
+    assert choice["finish_reason"] == "length" and "tool_calls" not in choice["message"]
 
 
 def test_several_choices(server):
@@ -360,6 +378,8 @@ def image(url) -> list[dict]:
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [tool("f")], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [COUNT]}}}, "tool_choice"),
+        ({"tools": [tool("f")], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}}, "tool_choice.allowed_tools.tools"),
         ({"tools": [tool("f b")]}, "tools[0].function.name"),
         ({"tools": [tool("f", {"type": "array"})]}, "tools[0].function.parameters"),
         ({"tools": [tool("f", {"properties": {"a": {"type": "strin"}}})], "tool_choice": "required"}, "tools"),
@@ -512,6 +532,7 @@ def test_faults_of_the_model_are_told(tiny_checkpoint, caplog):
         server.model.fails = True
         status, reply = server.chat("Hi")
         assert status == 500 and "asleep" not in json.dumps(reply) and reply["error"]["type"] == "server_error"
+        assert "kimi_clients_left_total 0" in server.ask("GET", "/metrics")[1]
         server.model.fails = False
         assert server.chat(script(REPLY))[0] == 200
     assert "asleep" in caplog.text

@@ -94,7 +94,11 @@ class Reply:
         return "stop" if stopped or sampled.token == self._last_token else None
 
     def end(self, reason: str) -> None:
-        deltas, stopped = self._filter(self._parser.finish())
+        deltas = self._parser.finish()
+        if reason == "length":  # a call whose name is not complete is none
+            begun = {part["index"] for delta in deltas for part in delta.get("tool_calls", ()) if "id" in part}
+            deltas = [delta for delta in deltas if not any(part["index"] in begun for part in delta.get("tool_calls", ()))]
+        deltas, stopped = self._filter(deltas)
         kept = "" if stopped else self._stops.flush()
         deltas += [{"content": kept}] if kept else []
         if self.has_calls and reason == "stop":

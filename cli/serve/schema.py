@@ -150,7 +150,20 @@ class NamedTool(Part):
     function: FunctionName
 
 
-ToolChoice = either(Literal["none", "auto", "required"], NamedTool, (dict, NamedTool))
+class Allowed(Part):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1)]
+
+
+class AllowedTools(Part):
+    type: Literal["allowed_tools"]
+    allowed_tools: Allowed
+
+
+OfTools = Annotated[
+    Union[Annotated[NamedTool, Tag("<function>")], Annotated[AllowedTools, Tag("<allowed_tools>")]], by_type("function", "allowed_tools")
+]
+ToolChoice = either(Literal["none", "auto", "required"], OfTools, (dict, NamedTool, AllowedTools))
 
 
 class JsonSchema(Part):
@@ -240,8 +253,9 @@ class ChatRequest(Part):
             raise ValueError("two tools have the same name")
         if self.forced and not names:
             raise ValueError("tool_choice asks for a call, but there are no tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, but the tools are {names}")
+        for name in self.chosen_names or ():
+            if name not in names:
+                raise ValueError(f"tool_choice names {name!r}, but the tools are {names}")
         if self.forced and self.response_format is not None and self.response_format.wanted:
             raise ValueError("response_format asks for an answer and tool_choice for a call: give one of them")
         other = self.chat_template_kwargs.thinking if self.chat_template_kwargs is not None else None
@@ -265,17 +279,27 @@ class ChatRequest(Part):
 
     @property
     def forced(self) -> bool:
+        """Whether the reply must call."""
+        if isinstance(self.tool_choice, AllowedTools):
+            return self.tool_choice.allowed_tools.mode == "required"
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def chosen_names(self) -> Optional[list[str]]:
+        """The functions to which `tool_choice` limits the calls; `None` where it names none."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedTools):
+            return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        return None
 
     @property
     def callable_functions(self) -> list[Function]:
         """What the reply may call."""
         if self.tool_choice == "none":
             return []
-        functions = [tool.function for tool in self.tools or ()]
-        if isinstance(self.tool_choice, NamedTool):
-            return [function for function in functions if function.name == self.tool_choice.function.name]
-        return functions
+        functions, chosen = [tool.function for tool in self.tools or ()], self.chosen_names
+        return functions if chosen is None else [function for function in functions if function.name in chosen]
 
     @property
     def stops(self) -> list[str]:

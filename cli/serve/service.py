@@ -17,7 +17,7 @@ from .guides import Guides, SchemaError
 from .media import MediaPolicy, load_media
 from .replies import Answer, Event, Reply
 from .sampling import Sampler, Settings
-from .schema import ChatRequest, parse_request
+from .schema import ChatRequest, NamedTool, parse_request
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Service:
     def _make_guides(self, request: ChatRequest, messages: list[dict]) -> list:
         """A guide for each choice. Raises `ApiError` for a schema that cannot be enforced and must be."""
         functions = request.callable_functions
-        parallel = request.parallel_tool_calls is not False and not hasattr(request.tool_choice, "function")
+        parallel = request.parallel_tool_calls is not False and not isinstance(request.tool_choice, NamedTool)
         called = sum(len(message.get("tool_calls") or ()) for message in messages)
         form = request.response_format.wanted if request.response_format is not None else None
 
