@@ -55,6 +55,7 @@ class MediaLimits:
                 raise ValueError(f"MediaLimits.{name} must be a positive number or None, got {value!r}")
 
     def check(self, name: str, value: float, what: str) -> None:
+        """Raises `MediaError`, saying `what` is too large, where `value` is over the limit of that name."""
         limit = getattr(self, name)
         if limit is not None and value > limit:
             raise MediaError(f"{what}: {value:,} is over the limit {name}={limit:,}")
@@ -214,6 +215,7 @@ def is_array(value: Any) -> bool:
 
 
 def to_numpy(value: Any) -> np.ndarray:
+    """An array or tensor as NumPy's, floating point of 16 bits as of 32."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()

@@ -174,6 +174,7 @@ class KimiK26PreTrainedModel(PreTrainedModel):
                 what is free by default). What does not fit beside the other layers is read again when it is used.
             expert_budget (`int` or `str`, *optional*): bytes, or such as `"8GiB"`: bounds the prepared experts alone, in
                 main memory or on each accelerator.
+            tp_plan (`str`, *optional*): `"auto"` splits heads, networks and experts over the processes of `torchrun`.
 
         Raises:
             CheckpointError: listing every tensor and file that is damaged or does not fit the config.

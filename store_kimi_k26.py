@@ -104,6 +104,7 @@ class ExpertStore:
         return True
 
     def keeps(self, key) -> bool:
+        """Whether there is a layout under `key`, current or not."""
         return key in self._kept
 
     def held(self, key, stamp):

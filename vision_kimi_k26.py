@@ -59,6 +59,8 @@ class KimiK26PositionTable(nn.Module):
 
 
 class KimiK26PatchEmbed(nn.Module):
+    """Pixels → patches with the code of their place."""
+
     def __init__(self, config: KimiK26VisionConfig):
         super().__init__()
         self.proj = nn.Conv2d(3, config.vt_hidden_size, config.patch_size, stride=config.patch_size)
@@ -102,6 +104,8 @@ class KimiK26VisionMLP(nn.Module):
 
 
 class KimiK26VisionBlock(GradientCheckpointingLayer):
+    """Attention within each clip, then the network, each over normed patches and added to them."""
+
     def __init__(self, config: KimiK26VisionConfig):
         super().__init__()
         self.config = config
@@ -193,6 +197,7 @@ class KimiK26VisionEncoder(nn.Module):
         self.final_layernorm = nn.LayerNorm(config.vt_hidden_size, eps=LAYER_NORM_EPS)
 
     def forward(self, x: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
+        """`(patches, width)` → the same, normed; `grids` of the clips that they are."""
         cos, sin = rotary_2d(grids, self.head_dim, x.device)
         lengths = [prod(grid) for grid in grids]
         for block in self.blocks:
@@ -213,7 +218,7 @@ def some_at_a_time(grids: list[Grid]) -> list[list[Grid]]:
 
 
 class KimiK26VisionTower(nn.Module):
-    """Patches → merged patches: attention within a clip, the mean over its frames, and 2 × 2 patches side by side."""
+    """Patches → merged patches: attention within a clip, the mean over its frames, and the patches of a `merge_kernel_size` side by side."""
 
     def __init__(self, config: KimiK26VisionConfig):
         super().__init__()
@@ -228,8 +233,8 @@ class KimiK26VisionTower(nn.Module):
             grid_thws (`torch.Tensor` of shape `(clips, 3)`, int64): frames, patch rows, patch columns of each clip.
 
         Returns:
-            `torch.Tensor` of shape `(tokens, 4, vt_hidden_size)`: for each clip rows/2 · columns/2 tokens, whatever
-            its number of frames.
+            `torch.Tensor` of shape `(tokens, merged patches, vt_hidden_size)`: for each clip rows · columns / merged patches
+            tokens, whatever its number of frames.
 
         Raises:
             ValueError: naming the clip, for sizes the tower cannot take or that do not fit the patches.
@@ -240,6 +245,7 @@ class KimiK26VisionTower(nn.Module):
         return torch.cat([self.see(*some) for some in zip(pixels, parts)])
 
     def see(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
+        """The same for some of the clips, of these frames, rows and columns."""
         x = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype), grids)
         return self.merge(self.encoder(x, grids), grids)
 
@@ -267,17 +273,18 @@ class KimiK26VisionTower(nn.Module):
         return grids
 
     def merge(self, x: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
+        """`(patches, width)` → `(tokens, merged patches, width)`."""
         row_step, column_step = self.config.merge_kernel_size
         merged = []
         for clip, (frames, rows, columns) in zip(x.split([t * h * w for t, h, w in grids]), grids):
             clip = clip.unflatten(0, (frames, rows // row_step, row_step, columns // column_step, column_step))
-            clip = clip.mean(0).transpose(1, 2)  # (rows / 2, columns / 2, 2, 2, width)
+            clip = clip.mean(0).transpose(1, 2)  # (rows / step, columns / step, row step, column step, width)
             merged.append(clip.flatten(2, 3).flatten(0, 1))
         return torch.cat(merged)
 
 
 class KimiK26Projector(nn.Module):
-    """Merged patches → features of the text model's width: each patch is normed, then the four go side by side."""
+    """Merged patches → features of the text model's width: each patch is normed, then those of a token go side by side."""
 
     def __init__(self, config: KimiK26VisionConfig):
         super().__init__()
@@ -287,5 +294,5 @@ class KimiK26Projector(nn.Module):
         self.proj = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.text_hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`(tokens, 4, width)` → `(tokens, text_hidden_size)`."""
+        """`(tokens, merged patches, width)` → `(tokens, text_hidden_size)`."""
         return self.proj(self.pre_norm(x).flatten(1))
