@@ -393,7 +393,11 @@ class Checkpoint:
         """The tensor `name`, memory-mapped (see [`Shard.tensor`])."""
         return self.where[name].tensor(name)
 
-    def compare(self, model: torch.nn.Module, dtype: Optional[torch.dtype]) -> Iterator[Finding]:
+    def beyond(self, model: torch.nn.Module) -> list[str]:
+        """Names of tensors that the model has no place for."""
+        return sorted(self.where.keys() - {name for name, _ in model.named_parameters()})
+
+    def compare(self, model: torch.nn.Module, dtype: Optional[torch.dtype], may_be_part: bool = False) -> Iterator[Finding]:
         """Compare names, shapes and dtypes with those of a model (which may be on `meta`).
 
         What is wrong with many tensors in the same way is one finding, with the first of them.
@@ -402,6 +406,7 @@ class Checkpoint:
             model (`nn.Module`): its parameters have the published names and shapes.
             dtype (`torch.dtype`, *optional*): the config's. A parameter that is no plain weight (integers, and what
                 its module lists in `kept`) has a dtype of its own.
+            may_be_part (`bool`): the model need not have a place for every tensor.
         """
         expected, shapes, dtypes = set(), defaultdict(list), defaultdict(list)
         for prefix, module in model.named_modules():
@@ -437,7 +442,7 @@ class Checkpoint:
             yield from (Finding(self.where[name].name, name, problem + more) for name, more in _together(names))
         for problem, names in dtypes.items():
             yield from (Finding(self.where[name].name, name, problem + more) for name, more in _together(names))
-        for name, others, module in _by_module(self.where.keys() - expected, expected):
+        for name, others, module in _by_module(self.where.keys() - expected, expected) if not may_be_part else ():
             more = f"; so are the {others} other tensors of {module}" if others else ""
             yield Finding(self.where[name].name, name, f"is in the file, but not in the model of the config{more}")
 

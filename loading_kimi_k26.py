@@ -31,6 +31,8 @@ try:
 except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
 
+logger = logging.get_logger(__name__)
+
 # Arguments of `from_pretrained` that change nothing about a folder whose weights are mapped into main memory.
 SAYS_NOTHING_HERE = {
     *("trust_remote_code", "code_revision", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies"),
@@ -66,7 +68,7 @@ def maps_into_memory(folder, model_args, kwargs) -> bool:
 
 
 def load_mapped(cls, folder, expert_budget, kwargs: dict):
-    """What `cls.from_pretrained` gives where [`maps_into_memory`] says yes: the model, or also an empty report.
+    """What `cls.from_pretrained` gives where [`maps_into_memory`] says yes: the model, or also the library's report.
 
     Args:
         cls: the class of the model.
@@ -96,9 +98,13 @@ def load_mapped(cls, folder, expert_budget, kwargs: dict):
             part.dtype = _dtype_called(dtype) if isinstance(dtype, str) else dtype
     with built_on_meta(config.dtype or torch.float32):
         model = cls(config, **kwargs)
-    findings = findings_at_load(checkpoint, model, stored)
+    is_part = _is_part(config, folder)
+    findings = findings_at_load(checkpoint, model, stored, is_part)
     if findings:
         raise CheckpointError(folder, findings)
+    left_out = checkpoint.beyond(model) if is_part else []
+    if left_out:
+        logger.warning(f"{folder} has {len(left_out):,} tensors that the given config leaves out, such as {left_out[0]}")
     progress = partial(logging.tqdm, desc="Loading weights", unit=" modules")
     if _spreads(device_map, max_memory):
         placement = _placement(model, device_map, max_memory, expert_budget)
@@ -113,8 +119,8 @@ def load_mapped(cls, folder, expert_budget, kwargs: dict):
     if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     _trim_heap()
-    nothing = {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
-    return (model, nothing) if loading_info else model
+    report = {"missing_keys": [], "unexpected_keys": left_out, "mismatched_keys": [], "error_msgs": []}
+    return (model, report) if loading_info else model
 
 
 def _dtype_called(name: str) -> torch.dtype:
@@ -148,9 +154,19 @@ def refuse_damage(cls, folder, kwargs):
     stored = _stored_dtype(folder)
     with built_on_meta(stored or torch.float32):
         model = cls(copy.deepcopy(config))
-    findings = findings_at_load(Checkpoint(folder), model, stored)
+    findings = findings_at_load(Checkpoint(folder), model, stored, _is_part(config, folder))
     if findings:
         raise CheckpointError(folder, findings)
+
+
+def _is_part(config: KimiK26Config, folder) -> bool:
+    """Whether a config that was given has fewer layers than the folder's own, or no eyes: what it leaves out is no damage."""
+    try:
+        own = KimiK26Config.from_pretrained(folder)
+    except OSError:
+        return False
+    blind = config.vision_config is None and own.vision_config is not None
+    return blind or config.text_config.num_hidden_layers < own.text_config.num_hidden_layers
 
 
 def _stored_dtype(folder) -> Optional[torch.dtype]:

@@ -25,15 +25,18 @@ VALUES_AT_LOAD = 2 * 2**30
 ALL_ZERO = -0x77777778  # 0x88888888: eight stored 8s, which are the weight 0
 
 
-def findings_at_load(checkpoint: Checkpoint, model: torch.nn.Module, dtype: Optional[torch.dtype]) -> list[Finding]:
+def findings_at_load(
+    checkpoint: Checkpoint, model: torch.nn.Module, dtype: Optional[torch.dtype], may_be_part: bool = False
+) -> list[Finding]:
     """All that loading refuses: files, names, shapes, dtypes, ids, and the values of a checkpoint that is not large.
 
     Args:
         checkpoint ([`Checkpoint`]): opened.
         model (`nn.Module`): what it is to fill, on `meta`; its `config` says which ids there are.
         dtype (`torch.dtype`, *optional*): of the plain weights in the files, by their config.
+        may_be_part (`bool`): the model need not have a place for every tensor.
     """
-    findings = checkpoint.findings + list(checkpoint.compare(model, dtype))
+    findings = checkpoint.findings + list(checkpoint.compare(model, dtype, may_be_part))
     findings += check_ids(checkpoint.folder, model.config)
     if sum(entry.end - entry.begin for _, _, entry in _to_read(checkpoint)) <= VALUES_AT_LOAD:
         findings += check_values(checkpoint, findings)
