@@ -489,21 +489,20 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
                 model_inputs["media_features"], model_inputs["media_index"] = media_features, index
         return model_inputs
 
-    def _prefill_chunking(self, input_ids, generation_config, attention_mask=None, **model_kwargs):
+    def _prefill_chunking(self, input_ids, generation_config, **model_kwargs):
         """Prefill in chunks, for transformers 4, whose own counts positions from the start of the padding and of a filled cache."""
         if "past_key_values" not in model_kwargs:
             raise ValueError("prefill_chunk_size needs a cache")
-        cache = model_kwargs["past_key_values"]
-        past = int(cache.get_seq_length())
+        past = int(model_kwargs["past_key_values"].get_seq_length())
+        whole = {key: model_kwargs[key] for key in ("attention_mask", "position_ids") if model_kwargs.get(key) is not None}
         for chunk in input_ids[:, past:-1].split(generation_config.prefill_chunk_size, dim=-1):
             end = past + chunk.shape[1]
             places = torch.arange(past, end, device=input_ids.device)
-            mask = None if attention_mask is None else attention_mask[:, :end]
-            given = model_kwargs | {"attention_mask": mask, "cache_position": places}
+            given = model_kwargs | {key: tensor[:, :end] for key, tensor in whole.items()} | {"cache_position": places}
             self(**self.prepare_inputs_for_generation(input_ids[:, :end], **given), return_dict=True)
             past = end
         last = torch.arange(past, input_ids.shape[1], device=input_ids.device)
-        return model_kwargs | {"attention_mask": attention_mask, "cache_position": last}
+        return model_kwargs | {"cache_position": last}
 
     def _assisted_decoding(self, *args, **kwargs):
         # Where tokens are proposed, transformers 5 forgets that a cache may hold the beginning of the first ids.

@@ -403,7 +403,7 @@ def test_generation_leaves_training_alone(model):
     assert torch.equal(out, greedy(model, ids, NEW, **given)) and not out.requires_grad
 
 
-@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=["dynamic", "static", "chunks"])
 @torch.no_grad()
 def test_positions_that_were_given_go_on(model, how):
     ids, positions = words(1, 9), torch.tensor([[0, 1, 2, 3, 40, 41, 42, 43, 44]])
