@@ -142,7 +142,7 @@ class AttentionSpan:
     @cached_property
     def follows(self) -> bool:
         """Whether the queries are known to stand one after the other; main memory is looked at, another device is not asked."""
-        if torch.compiler.is_compiling() or self.query_index.device.type != "cpu":
+        if torch.compiler.is_dynamo_compiling() or self.query_index.device.type != "cpu":
             return self.first is not None
         places = torch.arange(self.begin, self.begin + len(self.query_index), device="cpu")
         return torch.equal(self.query_index, places)

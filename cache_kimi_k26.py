@@ -88,6 +88,12 @@ class GrowingLayer(DynamicLayer):
             for held, room in zip((self.keys, self.values), self._room)
         )
 
+    def __copy__(self):
+        """With the same tokens, and a room of its own for those that come."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__ |= self.__dict__ | {"_room": None, "_views": [self.keys, self.values], "_replaced": True}
+        return copied
+
     def reset(self):
         """Forget all tokens."""
         self.keys = self.values = self._room = None
@@ -144,7 +150,7 @@ class QuantizedLatentLayer(GrowingLayer):
 
     def __init__(self, scratch: Scratch):
         super().__init__()
-        self.scratch = scratch
+        self.scratch, self.half = scratch, torch.bfloat16
 
     @torch.no_grad()
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -155,7 +161,9 @@ class QuantizedLatentLayer(GrowingLayer):
         """
         batch, _, new, rank = key_states.shape
         rope = value_states.shape[3]
-        half = key_states.dtype if key_states.dtype.itemsize == 2 else torch.bfloat16
+        if not self.is_initialized:
+            self.half = key_states.dtype if key_states.dtype.itemsize == 2 else torch.bfloat16
+        half = self.half
         groups = rank // math.gcd(rank, SCALE_GROUP)
         # Scales first, and rows of an even length: views as 16 bits must begin at an even byte.
         width = 2 * groups + rank + rank % 2

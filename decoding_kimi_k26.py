@@ -23,6 +23,7 @@ from .native_kimi_k26 import (
     few_rows,
     finish,
     i64,
+    is_as_written,
     is_plain,
     is_readable,
     knows_group,
@@ -49,38 +50,46 @@ class Weights:
 
     def __init__(self):
         self.fits = True
-        self._modules: list[tuple[dict, str, nn.Module]] = []  # where each module must be found again
-        self._tensors: list[tuple[dict, str, int]] = []  # and each weight
+        self._modules: list[tuple[dict, str, nn.Module, object]] = []  # where each module must be found again, and its class's `forward`
+        self._tensors: list[tuple[dict, str, int]] = []  # and each weight, or bias that is none: 0
         self._memory: list[torch.Tensor] = []  # stays while the kernels may read it, whatever is put in its place
 
     def module(self, parent: nn.Module, name: str) -> nn.Module:
         module = parent._modules[name]
-        self.fits &= type(module) is nn.Linear or type(module).__name__ in KNOWN  # adapters have a `Linear`, too
-        if not any(modules is parent._modules and name == known for modules, known, _ in self._modules):  # weight, then bias
-            self._modules.append((parent._modules, name, module))
+        kind = type(module)
+        self.fits &= (kind is nn.Linear or kind.__name__ in KNOWN) and is_as_written(kind)  # adapters have a `Linear`, too
+        if not any(modules is parent._modules and name == known for modules, known, *_ in self._modules):  # weight, then bias
+            self._modules.append((parent._modules, name, module, kind.forward))
         return module
 
-    def weight(self, parent: nn.Module, module: str, name: str = "weight"):
-        """The address of a parameter, or `None` where there is none, as there may be of a bias."""
+    def weight(self, parent: nn.Module, module: str, *shape: int, name: str = "weight"):
+        """The address of a parameter of this shape, or `None` where there is none, as there may be of a bias."""
         parameters = self.module(parent, module)._parameters
         parameter = parameters.get(name)
         if parameter is None:
-            self.fits &= name.endswith("bias")
+            self.fits &= name == "bias"
+            self._tensors.append((parameters, name, 0))
             return None
         dtype = torch.float32 if name == "e_score_correction_bias" else torch.bfloat16
-        self.fits &= is_readable(parameter, dtype)
+        self.fits &= is_readable(parameter, dtype) and parameter.shape == shape
         self._tensors.append((parameters, name, parameter.data_ptr()))
         self._memory.append(parameter.detach())
         return parameter.data_ptr()
 
+    def linear(self, parent: nn.Module, module: str, *shape: int):
+        """The address of the weight, `(outputs, inputs)`, of a linear layer that must have no bias."""
+        self.fits &= self.weight(parent, module, shape[0], name="bias") is None
+        return self.weight(parent, module, *shape)
+
     def is_current(self) -> bool:
         """Whether every weight is where it was, in modules that do no more than their class says."""
         # Asked for every token: plain loops, which take half the time of `all`.
-        for modules, name, module in self._modules:
-            if modules.get(name) is not module or not is_plain(module):
+        for modules, name, module, forward in self._modules:
+            if modules.get(name) is not module or type(module).forward is not forward or not is_plain(module):
                 return False
         for parameters, name, at in self._tensors:
-            if parameters[name].data_ptr() != at:
+            parameter = parameters.get(name)
+            if (0 if parameter is None else parameter.data_ptr()) != at:
                 return False
         return True
 
@@ -96,11 +105,11 @@ class NativeLayer(Weights):
         super().__init__()
         self.layer = layer
         attention, mlp = self.module(layer, "self_attn"), self.module(layer, "mlp")
-        self.fits &= attention.peers is None
+        self.fits &= attention.peers is None and is_as_written(type(layer))
         self.has_experts = hasattr(mlp, "experts")
         if self.has_experts:
             self.fits &= [device for device, _ in mlp.experts.shares] == [None]
-        self.routing = routing_of(mlp)
+        self.routing, self.constants = routing_of(mlp), constants_of(layer)
         self.attention = self._describe_attention(attention)
         self.widths = attention.rank, attention.rope  # of what a cache holds
         self.feed_forward = self._describe_feed_forward(mlp)
@@ -108,58 +117,62 @@ class NativeLayer(Weights):
     def _describe_attention(self, attention: nn.Module) -> Attention:
         config = attention.config
         self.fits &= config.hidden_size % INPUTS == 0 and knows_widths(attention)
+        hidden, heads, rank, q_lora = config.hidden_size, attention.heads, attention.rank, config.q_lora_rank
+        cached, query, out = rank + attention.rope, heads * (attention.nope + attention.rope), heads * attention.v_dim
         described = Attention(
-            norm=self.weight(self.layer, "input_layernorm"),
-            kv_a=self.weight(attention, "kv_a_proj_with_mqa"),
-            kv_a_bias=self.weight(attention, "kv_a_proj_with_mqa", "bias"),
-            kv_a_norm=self.weight(attention, "kv_a_layernorm"),
-            kv_b=self.weight(attention, "kv_b_proj"),
-            o=self.weight(attention, "o_proj"),
-            o_bias=self.weight(attention, "o_proj", "bias"),
-            hidden=config.hidden_size,
-            heads=attention.heads,
+            norm=self.weight(self.layer, "input_layernorm", hidden),
+            kv_a=self.weight(attention, "kv_a_proj_with_mqa", cached, hidden),
+            kv_a_bias=self.weight(attention, "kv_a_proj_with_mqa", cached, name="bias"),
+            kv_a_norm=self.weight(attention, "kv_a_layernorm", rank),
+            kv_b=self.linear(attention, "kv_b_proj", heads * attention.nope + out, rank),
+            o=self.weight(attention, "o_proj", hidden, out),
+            o_bias=self.weight(attention, "o_proj", hidden, name="bias"),
+            hidden=hidden,
+            heads=heads,
             nope=attention.nope,
             rope=attention.rope,
             v=attention.v_dim,
-            rank=attention.rank,
+            rank=rank,
             eps=self.layer.input_layernorm.eps,
             latent_eps=attention.kv_a_layernorm.eps,
             scale=attention.scaling,
         )
-        if config.q_lora_rank is None:
-            described.q_b = self.weight(attention, "q_proj")
+        if q_lora is None:
+            described.q_b = self.linear(attention, "q_proj", query, hidden)
         else:
-            described.q_lora = config.q_lora_rank
-            described.q_a = self.weight(attention, "q_a_proj")
-            described.q_a_bias = self.weight(attention, "q_a_proj", "bias")
-            described.q_a_norm = self.weight(attention, "q_a_layernorm")
-            described.q_b = self.weight(attention, "q_b_proj")
+            described.q_lora = q_lora
+            described.q_a = self.weight(attention, "q_a_proj", q_lora, hidden)
+            described.q_a_bias = self.weight(attention, "q_a_proj", q_lora, name="bias")
+            described.q_a_norm = self.weight(attention, "q_a_layernorm", q_lora)
+            described.q_b = self.linear(attention, "q_b_proj", query, q_lora)
         return described
 
     def _describe_feed_forward(self, mlp: nn.Module) -> FeedForward:
         config = self.layer.self_attn.config
-        norm = self.weight(self.layer, "post_attention_layernorm")
+        norm = self.weight(self.layer, "post_attention_layernorm", config.hidden_size)
         described = FeedForward(norm=norm, hidden=config.hidden_size, eps=self.layer.post_attention_layernorm.eps)
         network = mlp
         if self.has_experts:
             group = config.int4_group_size or 0
             self.module(mlp, "experts")
             self.fits &= config.moe_intermediate_size % (group or INPUTS) == 0 and knows_group(group)
-            described.router = self.weight(mlp, "gate")
-            described.bias = self.weight(mlp, "gate", "e_score_correction_bias")
+            described.router = self.weight(mlp, "gate", config.n_routed_experts, config.hidden_size)
+            described.bias = self.weight(mlp, "gate", config.n_routed_experts, name="e_score_correction_bias")
+            self.fits &= len(mlp.experts) == config.n_routed_experts
             described.experts = config.n_routed_experts
             described.top_k, described.groups, described.top_groups, described.normalize, described.scaling = self.routing
             self.fits &= can_route(described)
             described.expert_width, described.group_size = config.moe_intermediate_size, group
             network = None if mlp.shared_experts is None else self.module(mlp, "shared_experts")
         if network is not None:
-            for name in ("gate", "up", "down"):
-                setattr(described, name, self.weight(network, f"{name}_proj"))
             described.width = network.gate_proj.out_features
+            described.gate = self.linear(network, "gate_proj", described.width, config.hidden_size)
+            described.up = self.linear(network, "up_proj", described.width, config.hidden_size)
+            described.down = self.linear(network, "down_proj", config.hidden_size, described.width)
         return described
 
     def is_current(self) -> bool:
-        return super().is_current() and routing_of(self.layer.mlp) == self.routing
+        return super().is_current() and (routing_of(self.layer.mlp), constants_of(self.layer)) == (self.routing, self.constants)
 
     def extend(self, cache, x: torch.Tensor, span) -> "Place":
         """Room for the new tokens in this layer's part of a cache."""
@@ -173,6 +186,12 @@ def routing_of(mlp: nn.Module) -> Optional[tuple]:
     """How a layer's router chooses, where it has one."""
     router = mlp._modules.get("gate") if "experts" in mlp._modules else None
     return router and (router.top_k, router.n_group, router.topk_group, router.normalize, router.scaling)
+
+
+def constants_of(layer: nn.Module) -> tuple:
+    """Numbers of a layer that the kernels are told."""
+    attention = layer.self_attn
+    return attention.scaling, attention.kv_a_layernorm.eps, layer.input_layernorm.eps, layer.post_attention_layernorm.eps
 
 
 def can_route(described: FeedForward) -> bool:
@@ -207,7 +226,7 @@ class NativeDecoder:
         self.parts = [NativeLayer(layer) for layer in layers_of(owner)]
         self.norm = self.eps = None
         if "norm" in owner._modules:  # is looked at with the last layer
-            self.norm, self.eps = self.parts[-1].weight(owner, "norm"), owner.norm.eps
+            self.norm, self.eps = self.parts[-1].weight(owner, "norm", self.parts[-1].attention.hidden), owner.norm.eps
         self.fits = all(part.fits and part.is_current() for part in self.parts)
         routing = {(part.feed_forward.experts, part.feed_forward.top_k) for part in self.parts if part.has_experts}
         self.fits &= len(routing) <= 1
@@ -228,6 +247,11 @@ class NativeDecoder:
 
     def __reduce__(self):
         return type(None), ()  # addresses are no good in a copy
+
+    def is_of(self, owner: nn.Module) -> bool:
+        """Whether these are its layers still."""
+        layers = layers_of(owner)
+        return len(layers) == len(self.parts) and all(part.layer is layer for part, layer in zip(self.parts, layers))
 
     def is_current(self, where: Optional[int] = None, past: int = 0, new: int = 1) -> bool:
         """Whether the layers are as they were; what happens to single experts is seen at the next prompt.
@@ -333,6 +357,11 @@ def layers_of(owner: nn.Module):
     return (owner,) if layers is None else layers._modules.values()
 
 
+def fits(held: torch.Tensor, x: torch.Tensor, length: int, width: int) -> bool:
+    """Whether the kernels can write into what a static layer of this length holds, for the sequences of `x`."""
+    return held.shape == (x.shape[0], 1, length, width) and held.dtype == x.dtype and held.device == x.device and held.stride(3) == 1
+
+
 def has_room(layer, x: torch.Tensor, span, widths: tuple[int, int]) -> bool:
     """Whether the kernels can write the new tokens into this layer of a cache, latents and rotary keys of these widths."""
     if isinstance(layer, LatentLayer):
@@ -340,8 +369,7 @@ def has_room(layer, x: torch.Tensor, span, widths: tuple[int, int]) -> bool:
     return (
         type(layer) is StaticLayer
         and layer.is_initialized
-        and layer.keys.dtype == layer.values.dtype == x.dtype
-        and all(held.shape == (x.shape[0], 1, layer.keys.shape[2], width) for held, width in zip((layer.keys, layer.values), widths))
+        and all(fits(held, x, layer.keys.shape[2], width) for held, width in zip((layer.keys, layer.values), widths))
         and span.begin + x.shape[1] <= layer.keys.shape[2]
         and int(getattr(layer, "cumulative_length", span.begin)) == span.begin  # transformers 5 writes where it has counted to
     )
@@ -354,7 +382,7 @@ def decoder_of(owner: nn.Module, *where) -> NativeDecoder:
     """The decoder that a text model or a layer keeps as `native`, made anew where it is not current: see `is_current`."""
     with _finding:
         native = owner.native
-        if native is None or not native.is_current(*where):
+        if native is None or not native.is_of(owner) or not native.is_current(*where):
             native = owner.native = NativeDecoder(owner)
         return native
 
@@ -382,7 +410,7 @@ def decode(owner: nn.Module, x: torch.Tensor, rotary, span, past_key_values: Cac
         owner: keeps the decoder between calls, as `native`.
     """
     if (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or not serves_step(owner, x, span, past_key_values)
         or not span.knows_padding(*x.shape[:2])
         or not (x.shape[1] == 1 or span.follows)
@@ -420,7 +448,7 @@ def output_layer(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     head = head_for(x, linear)
     if head is None:
         return apply_linear(linear, x)
-    product = _product if torch.compiler.is_compiling() else few_rows
+    product = _product if torch.compiler.is_dynamo_compiling() else few_rows
     return product(x.flatten(0, 1).contiguous(), head).unflatten(0, x.shape[:2])
 
 
@@ -468,12 +496,13 @@ def _reads_plainly(linear: nn.Module) -> bool:
 
 
 def serves(x: torch.Tensor) -> bool:
-    """Whether a native kernel can take `x` at all: bfloat16 on the CPU, without gradients."""
+    """Whether a native kernel can take `x` at all: bfloat16 on the CPU, without gradients, and none that others make float16 of."""
     return (
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
+        and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16)
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_dynamo_compiling()
         and library() is not None
     )
 
@@ -520,6 +549,7 @@ def serves_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and serves(x)
         and weight.dtype == x.dtype
         and weight.shape == x.shape[-1:]
+        and weight.is_contiguous()
         and weight.device == x.device
         and x.is_contiguous()
     )

@@ -86,7 +86,8 @@ class KimiK26Router(KeepDtype):
         if self.n_group <= 1 and type(self.weight) is nn.Parameter and picks(*given) and has_kernels(x.device):
             return picked_experts(*given, self.top_k, self.normalize, self.scaling)
         dtype = at_least_float32(x.dtype)
-        logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        with torch.autocast(x.device.type, enabled=False):  # which experts answer must not hang on a rounding
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))
         scores = logits.sigmoid()
         choice = scores.detach() + self.e_score_correction_bias
         if self.n_group > 1:
@@ -212,7 +213,7 @@ class KimiK26Experts(nn.ModuleList):
         Returns:
             `torch.Tensor` of shape `(tokens, hidden_size)`.
         """
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and dtype is None and not torch.is_grad_enabled():
+        if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and dtype is None and not torch.is_grad_enabled():
             total = opaque_experts(x, weights, chosen, number_of(self))
             return total if beside is None else total + beside()
         if self.peers is not None:
@@ -328,7 +329,7 @@ class KimiK26Experts(nn.ModuleList):
         turn: what is done to all is seen at once.
         """
         table, known, misses, numbers_in_turn = self.tables.get(device, (None, None, None, None))
-        if torch.compiler.is_compiling():  # a graph keeps to the table that it has met
+        if torch.compiler.is_dynamo_compiling():  # a graph keeps to the table that it has met
             return table
         if not has_kernels(device) or known is numbers and table is None and not thorough:
             return None
@@ -355,9 +356,9 @@ class KimiK26Experts(nn.ModuleList):
 
     def native_share(self, numbers: Collection[int], x: torch.Tensor, routing: Routing) -> torch.Tensor | None:
         """What [`share`] gives, in bfloat16, by the CPU's native kernels; `None` where they cannot compute it."""
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             return None
-        if not self.has_native_widths or library() is None:
+        if not self.has_native_widths or routing.weights.dtype != torch.float32 or library() is None:
             return None
         asked = [number for number, count in enumerate(routing.counts) if count and number in numbers]
         self.announce(asked, x)
@@ -381,7 +382,7 @@ class KimiK26Experts(nn.ModuleList):
         if tensors is None:
             return None
         stamp = tuple(tensor.data_ptr() for tensor in tensors)
-        held = self.store.get((id(self), number), stamp, lambda: NativeExpert(expert, tensors))
+        held = self.store.get((id(self), number), stamp, lambda: NativeExpert(expert, tensors, **self.sizes))
         return held if held.usable else None
 
     def let_go(self, numbers: Iterable[int]):
@@ -462,7 +463,7 @@ class KimiK26MoE(nn.Module):
             return None
         if len(self.experts.shares) > 1:  # the shared expert does not wait for what other devices add
             return None
-        if not torch.compiler.is_compiling():  # a graph keeps to the table that it has met, if only with the many tokens before
+        if not torch.compiler.is_dynamo_compiling():  # a graph keeps to the table that it has met, if only with the many tokens before
             weights = weights_of(self.shared_experts)
             if self._shared is None or not self._shared[0].lists(0, weights):
                 table = table_for(x.device, [weights])

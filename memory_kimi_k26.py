@@ -22,7 +22,7 @@ def new_room(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     its time looking up small ones."""
     size = math.prod(shape) * like.element_size()
     memory = None
-    if like.device.type == "cpu" and size >= LARGE_PAGE and not torch.compiler.is_compiling():
+    if like.device.type == "cpu" and size >= LARGE_PAGE and not torch.compiler.is_dynamo_compiling():
         memory = _large_pages(size)
     if memory is None:
         return like.new_empty(shape)
@@ -103,7 +103,9 @@ def _as_in_file(modules: Iterable[torch.nn.Module]) -> Iterator[torch.nn.Paramet
     for module in modules:
         for part in module.modules():
             for parameter in part._parameters.values():
-                if parameter is not None and getattr(parameter, "as_in_file", None) == (parameter.data_ptr(), parameter._version):
+                if parameter is None or parameter.is_inference():  # which counts no versions
+                    continue
+                if getattr(parameter, "as_in_file", None) == (parameter.data_ptr(), parameter._version):
                     yield parameter
 
 

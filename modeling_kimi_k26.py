@@ -184,7 +184,8 @@ class KimiK26PreTrainedModel(PreTrainedModel):
             kwargs["dtype"] = kwargs.pop("torch_dtype", None) or "auto"
         expert_budget, kwargs = kwargs.pop("expert_budget", None), as_the_library_takes_it(kwargs)
         if maps_into_memory(pretrained_model_name_or_path, model_args, kwargs):
-            return load_mapped(cls, pretrained_model_name_or_path, expert_budget, kwargs)
+            with torch.inference_mode(False):  # parameters that were made in it could not be followed
+                return load_mapped(cls, pretrained_model_name_or_path, expert_budget, kwargs)
         refuse_damage(cls, pretrained_model_name_or_path, kwargs)
         result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
@@ -396,7 +397,7 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         return result if return_dict else result.to_tuple()
 
     def _warn_past_the_end(self, length, position_ids, past_key_values):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return
         limit = self.config.max_position_embeddings
         if position_ids is not None and position_ids.device.type == "cpu":

@@ -132,10 +132,16 @@ def is_plain(module: torch.nn.Module) -> bool:
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own)
 
 
+def is_as_written(kind: type) -> bool:
+    """Whether a class of modules computes what the file says in which it stands: nobody has put another `forward` there."""
+    return kind.forward.__module__ == kind.__module__
+
+
 def is_readable(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernels can read a parameter as one of this dtype: in main memory, and its own, which subclasses may not have."""
     plain = type(parameter) is torch.nn.Parameter
-    return plain and parameter.dtype == dtype and parameter.is_contiguous() and parameter.device.type == "cpu"
+    fits = plain and parameter.dtype == dtype and parameter.is_contiguous() and parameter.device.type == "cpu"
+    return fits and parameter.data_ptr() != 0  # memory may have been given back, as it is where weights are sharded
 
 
 def load(source: str):

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from .compiling_kimi_k26 import address, i64
 from .memory_kimi_k26 import release
-from .native_kimi_k26 import NativeAddresses, is_plain, is_readable, library
-from .quantization_kimi_k26 import CpuInt4, KimiK26Int4Linear, int4_linear
+from .native_kimi_k26 import NativeAddresses, is_as_written, is_plain, is_readable, library
+from .quantization_kimi_k26 import VALUES_PER_WORD, CpuInt4, KimiK26Int4Linear, int4_linear
 from .triton_kimi_k26 import grouped_experts, table_for
 
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ALIGNMENT = 16  # bytes, of the tensors inside one piece of memory: the widest loads of a kernel
 
 
@@ -131,13 +132,21 @@ class NativeExpert(Layout):
     """A routed expert, a [`KimiK26MLP`], for the native kernels, which read the checkpoint's own tensors: their addresses.
 
     What is held or dropped are the pages of memory that the files' bytes have been read into.
+
+    Args:
+        expert: whose weights they are.
+        tensors: as `weights_of` gives them.
+        hidden, expert_width, group_size: what the kernels take the shapes of the weights from; a size of 0 for plain ones.
     """
 
-    def __init__(self, expert: nn.Module, tensors: list[torch.Tensor]):
+    def __init__(self, expert: nn.Module, tensors: list[torch.Tensor], hidden: int, expert_width: int, group_size: int):
         self.expert = expert
         self.nbytes = sum(tensor.nbytes for tensor in tensors)
         dtypes = (torch.int32, torch.bfloat16) if len(tensors) == 6 else (torch.bfloat16,)
         self.usable = all(is_readable(tensor, dtypes[k % len(dtypes)]) for k, tensor in enumerate(tensors))
+        per_number = (VALUES_PER_WORD, group_size) if group_size else (1,)
+        shapes = [(outputs, inputs // per) for outputs, inputs in [(expert_width, hidden)] * 2 + [(hidden, expert_width)] for per in per_number]
+        self.usable &= [tuple(tensor.shape) for tensor in tensors] == shapes
         self._at = [tensor.data_ptr() for tensor in tensors]
         with_scales = self._at if len(tensors) == 6 else [value for at in self._at for value in (at, None)]  # none: bfloat16
         self._addresses = NativeAddresses(*with_scales)
@@ -286,10 +295,15 @@ def held_bytes(nbytes: int) -> int:
 
 
 def weights_of(expert: nn.Module) -> list[torch.Tensor] | None:
-    """Words and scales, or plain weights, of gate, up and down; `None` if an expert has hooks or adapters besides."""
+    """Words and scales, or plain weights, of gate, up and down; `None` if an expert has biases, hooks or adapters besides, or is
+    another network."""
+    if type(expert).__name__ != "KimiK26MLP" or not is_as_written(type(expert)) or tuple(expert._modules) != PROJECTIONS:
+        return None
     tensors = []
     for projection in expert._modules.values():
         if not is_plain(projection) or type(projection) not in (nn.Linear, KimiK26Int4Linear):
+            return None
+        if projection._parameters.get("bias") is not None:
             return None
         names = ("weight_packed", "weight_scale") if type(projection) is KimiK26Int4Linear else ("weight",)
         tensors += [projection._parameters[name] for name in names]

@@ -97,7 +97,7 @@ class KimiK26TextModel(nn.Module):
     def in_one_go(self, x, rotary, span, past_key_values, head):
         """What a [`NativeDecoder`] gives of all layers; `None` where the kernels cannot serve, where somebody looks at single
         layers, or where weights must be read or given back between them."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return compiled_decode(self, x, rotary, span, past_key_values, head)
         if x.shape[1] > 1:
             look_again(self)
@@ -134,9 +134,9 @@ class KimiK26TextModel(nn.Module):
             return_dict (`bool`): without it a tuple of the hidden state, the cache, the hidden states, attention weights and router
                 logits that were asked for, and the logits of `head`, or `None` where it is yet to be applied.
         """
-        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size or not inputs_embeds.shape[1]:
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size or not inputs_embeds.numel():
             given = f"{tuple(inputs_embeds.shape)}, not (batch, length, {self.config.hidden_size})"
-            raise ValueError(f"the input has the shape {given} with at least one token")
+            raise ValueError(f"the input has the shape {given} with at least one of each")
         if attention_mask is not None and attention_mask.dim() not in (2, 4):
             raise ValueError(f"attention_mask has {attention_mask.dim()} axes; it must be (batch, keys) or (batch, 1, queries, keys)")
         may_be_packed = attention_mask is None and past_key_values is None
@@ -160,7 +160,7 @@ class KimiK26TextModel(nn.Module):
             position_ids = cache_position.unsqueeze(0)
         elif may_be_packed:
             documents = packed_documents(position_ids)
-        if padding is not None and not torch.compiler.is_compiling() and bool(padding.all()):
+        if padding is not None and not torch.compiler.is_dynamo_compiling() and bool(padding.all()):
             attention_mask = None
         span = AttentionSpan(cache_position, past if isinstance(past, int) else None, attention_mask, documents)
 
@@ -194,7 +194,7 @@ class KimiK26TextModel(nn.Module):
 def packed_documents(position_ids: torch.Tensor) -> Optional[torch.Tensor]:
     """Number of the packed sequence each token belongs to, `(batch, length)`; `None` where each row is one sequence."""
     restarts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=False)
-    if not torch.compiler.is_compiling() and not bool(restarts.any()):
+    if not torch.compiler.is_dynamo_compiling() and not bool(restarts.any()):
         return None
     return restarts.long().cumsum(-1)
 

@@ -189,7 +189,7 @@ def grouped_experts(
     if x.dtype not in DTYPES or not table.group_size and x.dtype != table.dtype:
         raise ValueError(f"x has dtype {x.dtype}; the experts have {table.dtype}")
     sizes = (table.width, table.group_size, table.aligned)
-    run = _grouped_experts if torch.compiler.is_compiling() else _run  # what a graph needs takes its time
+    run = _grouped_experts if torch.compiler.is_dynamo_compiling() else _run  # what a graph needs takes its time
     return run(x, weights, chosen, table.addresses, *sizes, dtype or x.dtype, added)
 
 
@@ -257,7 +257,7 @@ def picked_experts(x, weight, bias, top_k: int, normalize: bool, scaling: float)
     Returns:
         logits `(tokens, experts)` float32, weights `(tokens, top_k)` float32, chosen `(tokens, top_k)` int64.
     """
-    run = _picked_experts if torch.compiler.is_compiling() else _pick
+    run = _picked_experts if torch.compiler.is_dynamo_compiling() else _pick
     return run(x, weight, bias, top_k, normalize, scaling)
 
 
