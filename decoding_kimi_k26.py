@@ -109,7 +109,7 @@ class NativeLayer(Weights):
         self.has_experts = hasattr(mlp, "experts")
         if self.has_experts:
             self.fits &= [device for device, _ in mlp.experts.shares] == [None]
-        self.routing, self.constants = routing_of(mlp), constants_of(layer)
+        self.forward, self.routing, self.constants = type(layer).forward, routing_of(mlp), constants_of(layer)
         self.attention = self._describe_attention(attention)
         self.widths = attention.rank, attention.rope  # of what a cache holds
         self.feed_forward = self._describe_feed_forward(mlp)
@@ -172,7 +172,8 @@ class NativeLayer(Weights):
         return described
 
     def is_current(self) -> bool:
-        return super().is_current() and (routing_of(self.layer.mlp), constants_of(self.layer)) == (self.routing, self.constants)
+        told = type(self.layer).forward, routing_of(self.layer.mlp), constants_of(self.layer)
+        return told == (self.forward, self.routing, self.constants) and super().is_current()
 
     def extend(self, cache, x: torch.Tensor, span) -> "Place":
         """Room for the new tokens in this layer's part of a cache."""

@@ -4,6 +4,7 @@ from typing import Optional, Union
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -134,6 +135,8 @@ class KimiK26TextModel(nn.Module):
             return_dict (`bool`): without it a tuple of the hidden state, the cache, the hidden states, attention weights and router
                 logits that were asked for, and the logits of `head`, or `None` where it is yet to be applied.
         """
+        if torch.compiler.is_exporting() and (torch.compiler.is_dynamo_compiling() or isinstance(inputs_embeds, FakeTensor)):
+            raise NotImplementedError("torch.export cannot take this model, as routing picks modules by number; torch.compile can")
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size or not inputs_embeds.numel():
             given = f"{tuple(inputs_embeds.shape)}, not (batch, length, {self.config.hidden_size})"
             raise ValueError(f"the input has the shape {given} with at least one of each")

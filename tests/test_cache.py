@@ -270,6 +270,17 @@ def test_inference_mode_may_end(kind):
     assert type(cache.layers[0]) is (LatentLayer if kind == "dynamic" else QuantizedLatentLayer)
 
 
+@pytest.mark.parametrize("first, then", [(torch.bfloat16, torch.float16), (torch.float16, torch.float32), (torch.float32, torch.float16)])
+def test_a_quantized_cache_goes_on_in_another_dtype(first, then):
+    cache = QuantizedLatentCache(KimiK26Config.published())
+    key, value, where = numbers(1, 1, 20, 16), numbers(1, 1, 20, 4), torch.arange(20)
+    write_latents(cache, 0, key[:, :, :12].to(first), value[:, :, :12].to(first), where[:12])
+    got = write_latents(cache, 0, key[:, :, 12:].to(then), value[:, :, 12:].to(then), where[12:])
+    for one, given in zip(got, (key, value)):
+        assert one.dtype == then
+        torch.testing.assert_close(one.float(), given.float(), rtol=0.02, atol=0.02)
+
+
 # ---- Generation ----
 
 

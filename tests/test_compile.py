@@ -1,6 +1,7 @@
 """A decode step in one compiled graph: no breaks, no second graph, the same answers."""
 
 import shutil
+import threading
 
 import pytest
 import torch
@@ -87,6 +88,48 @@ def test_a_full_static_cache_is_refused_by_the_graph():
         with pytest.raises(ValueError, match="room for 13 tokens"):
             for at in range(PROMPT, PROMPT + 8):
                 one(compiled, cache, ids, at)
+
+
+@pytest.mark.skipif(library() is None, reason="no compiler, or a processor without AVX2")
+def test_a_static_cache_of_another_model_is_refused_by_the_graph():
+    model, other = make_native({}), make_native({"kv_lora_rank": 32})
+    ids = torch.randint(0, 90, (1, PROMPT + 8), generator=torch.Generator().manual_seed(2))
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        one(compiled, prefilled(model, ids), ids, PROMPT)
+        torch._dynamo.reset()
+        with pytest.raises(ValueError, match="wide"):
+            one(torch.compile(model, backend="eager", fullgraph=True, dynamic=False), prefilled(other, ids), ids, PROMPT)
+
+
+def test_others_compile_meanwhile():
+    """What another thread compiles is none of this thread's business."""
+    models = [make(torch.float32, quantized=True, **WIDE), make_native({})]
+    ids = torch.randint(0, 90, (1, PROMPT + 1), generator=torch.Generator().manual_seed(2))
+    done = threading.Event()
+
+    def compile_something():
+        for number in range(20):
+            torch.compile(lambda x, number=number: (x.sin() * number).cos(), backend="aot_eager")(torch.randn(number + 2))
+        done.set()
+
+    def answers():
+        return [one(model, prefilled(model, ids), ids, PROMPT) for model in models]
+
+    with torch.no_grad():
+        want = answers()
+        thread = threading.Thread(target=compile_something)
+        thread.start()
+        while not done.is_set():
+            assert all(map(torch.equal, answers(), want))
+        thread.join()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_is_refused(strict):
+    model = make_native({})
+    with torch.no_grad(), pytest.raises(Exception, match="torch.export cannot"):
+        torch.export.export(model, (), {"input_ids": torch.arange(5)[None], "use_cache": False}, strict=strict)
 
 
 def test_generate_compiles_with_a_static_cache():

@@ -354,6 +354,158 @@ def test_autocast_of_a_float32_model(length, cached):
         assert error(got[mask.bool()], want[mask.bool()]) < 0.05
 
 
+def steps(model, ids, **options):
+    """Logits of a prompt of all but two tokens, and of these."""
+    out = model(ids[:, :-2], use_cache=True, **options)
+    parts = [out.logits]
+    for at in (-2, -1):
+        out = model(ids[:, at][:, None], past_key_values=out.past_key_values)
+        parts.append(out.logits)
+    return torch.cat(parts, dim=1)
+
+
+def no_swiglu(self, x):
+    return self.down_proj(self.up_proj(x).relu())
+
+
+class Relu(torch.nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = network.gate_proj, network.up_proj, network.down_proj
+
+    forward = no_swiglu
+
+
+def narrow(network):
+    for linear, rows in ((network.gate_proj, True), (network.up_proj, True), (network.down_proj, False)):
+        linear.weight.data = linear.weight.data[:32].clone() if rows else linear.weight.data[:, :32].clone()
+
+
+def another(layer):
+    layer = copy.deepcopy(layer)
+    layer.self_attn.o_proj.weight.mul_(-2)
+    return layer
+
+
+def set_bias(*linears):
+    for linear in linears:
+        linear.bias = torch.nn.Parameter(torch.ones(linear.out_features, dtype=linear.weight.dtype))
+
+
+# What somebody may do to the layers of a model, of which only some are routed.
+DONE = {
+    "layers cut": lambda text: setattr(text, "layers", text.layers[:2]),
+    "a layer replaced": lambda text: text.layers.__setitem__(2, another(text.layers[2])),
+    "layers in another order": lambda text: setattr(text, "layers", torch.nn.ModuleList([text.layers[at] for at in (0, 2, 1)])),
+    "norm of one number": lambda text: setattr(text.layers[0].input_layernorm, "weight", torch.nn.Parameter(text.norm.weight.new_full((1,), 0.5).expand(96))),
+    "norm of every second number": lambda text: setattr(text.layers[0].input_layernorm, "weight", torch.nn.Parameter(torch.linspace(-1, 1, 192).to(text.norm.weight)[::2])),
+    "experts made narrow": lambda text: [narrow(expert) for layer in text.layers[1:] for expert in layer.mlp.experts],
+    "experts of another class": lambda text: [layer.mlp.experts.__setitem__(n, Relu(layer.mlp.experts[n])) for layer in text.layers[1:] for n in range(8)],
+    "biases of the queries": lambda text: set_bias(*(layer.self_attn.q_b_proj for layer in text.layers)),
+    "biases of the output": lambda text: set_bias(*(layer.self_attn.o_proj for layer in text.layers)),
+    "biases of experts": lambda text: set_bias(*(expert.up_proj for layer in text.layers[1:] for expert in layer.mlp.experts)),
+    "biases of the dense network": lambda text: set_bias(text.layers[0].mlp.up_proj),
+    "another scale": lambda text: [setattr(layer.self_attn, "scaling", 1.0) for layer in text.layers],
+    "another epsilon": lambda text: [setattr(layer.input_layernorm, "eps", 1.0) for layer in text.layers],
+    "a parametrization": lambda text: torch.nn.utils.parametrize.register_parametrization(text.layers[0].self_attn.o_proj, "weight", torch.nn.Tanh()),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [False, True], ids=["at once", "after a step"])
+@pytest.mark.parametrize("what", DONE)
+def test_what_is_done_to_a_model_is_heard(what, before):
+    model = make({"num_hidden_layers": 3, "num_experts_per_tok": 8, "quantized": False})
+    ids = torch.randint(0, 90, (1, 9), generator=torch.Generator().manual_seed(0))
+    if before:
+        steps(model, ids)
+    text = model.language_model.model
+    DONE[what](text)
+    want = copy.deepcopy(model).float()(ids, use_cache=False).logits
+    assert error(steps(model, ids), want) < 0.05
+    assert error(model(ids.repeat(1, 5), use_cache=False).logits[:, :9], want) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["KimiK26MLP", "KimiK26DecoderLayer"])
+def test_a_forward_put_into_a_class_is_called(kind, monkeypatch):
+    model = make({})
+    ids = torch.randint(0, 90, (1, 9), generator=torch.Generator().manual_seed(0))
+    steps(model, ids)
+    called, (cls,) = [], {type(m) for m in model.modules() if type(m).__name__ == kind}
+    written = cls.forward
+
+    def other(self, *args, **kwargs):
+        called.append(self)
+        return written(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "forward", other)
+    model(ids, use_cache=True)
+    assert called
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [3, 60])
+def test_autocast_of_a_bfloat16_model(length):
+    model = make({"num_experts_per_tok": 8})
+    ids = torch.randint(0, 90, (2, length), generator=torch.Generator().manual_seed(0))
+    want = copy.deepcopy(model).float()(ids).logits
+    for cached in (False, True):
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                assert error(model(ids, use_cache=cached).logits, want) < 0.05
+
+
+@torch.no_grad()
+def test_memory_that_was_given_back_is_not_read():
+    """As where weights are gathered for a layer and freed after it."""
+    model = make({})
+    ids = torch.randint(0, 90, (1, 9), generator=torch.Generator().manual_seed(0))
+    steps(model, ids)
+    model.language_model.model.layers[0].self_attn.o_proj.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        steps(model, ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("held", ["keys first", "elsewhere"])
+def test_static_caches_of_another_layout(held):
+    model = make({"num_experts_per_tok": 8})
+    ids = torch.randint(0, 90, (1, 9), generator=torch.Generator().manual_seed(0))
+    want = copy.deepcopy(model).float()(ids, use_cache=False).logits
+    cache = StaticCache(config=model.config.text_config, max_cache_len=16)
+    out = model(ids[:, :8], past_key_values=cache)
+    for layer in cache.layers:
+        if held == "elsewhere":
+            layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+        else:
+            layer.keys, layer.values = (part.transpose(2, 3).contiguous().transpose(2, 3) for part in (layer.keys, layer.values))
+    if held == "elsewhere":
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            model(ids[:, 8:], past_key_values=out.past_key_values)
+    else:
+        assert error(model(ids[:, 8:], past_key_values=out.past_key_values).logits, want[:, 8:]) < 0.05
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_its_own_way():
+    model = make({})
+    ids = torch.randint(0, 90, (1, 9), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache()
+    model(ids[:, :6], past_key_values=cache)
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    want = model(ids[:, 6:7], past_key_values=copy.deepcopy(cache)).logits
+    model(ids[:, 7:], past_key_values=other)
+    assert torch.equal(model(ids[:, 6:7], past_key_values=cache).logits, want)
+
+
+@torch.no_grad()
+def test_nothing_of_nobody():
+    with pytest.raises(ValueError, match="at least one of each"):
+        make({})(torch.zeros(0, 5, dtype=torch.long))
+
+
 class Elsewhere(torch.Tensor):
     """A weight whose numbers are not in a memory of its own."""
 

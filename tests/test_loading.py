@@ -38,6 +38,14 @@ def test_the_attention_that_was_asked_for(tiny_checkpoint, auto, where):
     assert auto.from_pretrained(tiny_checkpoint, **remote).config._attn_implementation == "sdpa"
 
 
+def test_inference_mode_may_end_after_loading(tiny_checkpoint):
+    with torch.inference_mode():
+        model = KimiK26ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+        want = model(torch.arange(9)[None]).logits
+    with torch.no_grad():
+        assert torch.equal(model(torch.arange(9)[None]).logits, want)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("device_map", [None, {"": "disk"}], ids=["mapped", "by the library"])
 def test_a_config_of_a_part_of_the_model(tiny_checkpoint, device_map, tmp_path):
