@@ -116,6 +116,8 @@ def open_source(source: Any, limits: MediaLimits) -> tuple[Any, bool]:
     `source`: bytes, a path, `file://` or `http(s)://` URL, data URI, base64 string or binary file object. Anything else
     raises `MediaError`, as does an empty source, a missing file or one over `limits.max_bytes`.
     """
+    if isinstance(source, os.PathLike):
+        source = Path(source)
     if is_url(source):
         source = _fetch(source, limits)
     elif isinstance(source, str) and source[:5].lower() == "data:":

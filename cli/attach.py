@@ -152,6 +152,8 @@ def undo(folder: Path, *, force: bool = False, dry_run: bool = False) -> list[st
     """
     record = _read_record(folder)
     if not record:
+        if (folder / f"{MODEL.partition('.')[0]}.py").exists():
+            return [f"{folder} has the code, but no record of what was there before, as a copy of an attached folder; nothing to undo"]
         return [f"{folder} is not attached; nothing to undo"]
     target: dict[str, Entry] = {}
     lines, changed = [], []

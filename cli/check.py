@@ -4,8 +4,10 @@ What loading would refuse is found by the same functions, in the same words; bey
 checkpoint is, and what is wrong with the tokenizer and the other small files. Weights are read a few MiB at a time.
 """
 
+import ast
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,8 +21,32 @@ NEEDED_TOKENS = (
     "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>",
     "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>",
 )  # fmt: skip
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "max_length", "max_new_tokens")
+# What `generate` takes of each: kind, in words, and whether a value is so.
+SAMPLING = {
+    "temperature": (float, "a number from 0", lambda value: 0 <= value < float("inf")),
+    "top_k": (int, "a whole number from 0", lambda value: value >= 0),
+    "top_p": (float, "a number above 0, up to 1", lambda value: 0 < value <= 1),
+    "min_p": (float, "a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "typical_p": (float, "a number above 0, up to 1", lambda value: 0 < value <= 1),
+    "repetition_penalty": (float, "a number above 0", lambda value: 0 < value < float("inf")),
+    "max_length": (int, "a whole number above 0", lambda value: value > 0),
+    "max_new_tokens": (int, "a whole number above 0", lambda value: value > 0),
+    "num_beams": (int, "a whole number above 0", lambda value: value > 0),
+    "do_sample": (bool, "true or false", lambda value: True),
+}
 END_TOKENS = ("<|im_end|>", "[EOS]", "[EOT]")
+# A chat with all that a template must show, and words of each part of it.
+PROBE_CALL = {"id": "functions.weigh:0", "type": "function", "function": {"name": "weigh", "arguments": '{"thing": "amber"}'}}
+PROBE = [
+    {"role": "system", "content": "copper"},
+    {"role": "user", "content": [{"type": "image", "image": None}, {"type": "text", "text": "walnut"}]},
+    {"role": "assistant", "reasoning_content": "velvet", "content": "juniper", "tool_calls": [PROBE_CALL]},
+    {"role": "tool", "tool_call_id": "functions.weigh:0", "content": "marble"},
+    {"role": "assistant", "content": "saffron"},
+    {"role": "user", "content": "cobalt"},
+]
+PROBE_TOOLS = [{"type": "function", "function": {"name": "weigh", "description": "granite", "parameters": {"type": "object", "properties": {"thing": {"type": "string"}}}}}]
+PROBE_WORDS = ("copper", "walnut", "velvet", "juniper", "functions.weigh:0", "amber", "marble", "saffron", "cobalt", "granite")
 
 
 def add_arguments(parser) -> None:
@@ -79,10 +105,13 @@ def check(folder: Path, progress=iter) -> tuple[list, str]:
         return findings + _small_files(folder, content), "no weights"
     weights = checkpoint.findings + checkpoint.leftovers
     if config is not None:
-        with torch.device("meta"):
-            model = KimiK26ForConditionalGeneration(config)
-        stored = content.get("dtype", content.get("torch_dtype"))
-        weights += checkpoint.compare(model, getattr(torch, stored) if isinstance(stored, str) else None)
+        absurd = _absurd_counts(config, checkpoint.where)
+        weights += absurd
+        if not absurd:
+            with torch.device("meta"):
+                model = KimiK26ForConditionalGeneration(config)
+            stored = content.get("dtype", content.get("torch_dtype"))
+            weights += checkpoint.compare(model, getattr(torch, stored) if isinstance(stored, str) else None)
     weights += check_values(checkpoint, weights, progress)
     findings += weights
     if config is not None:
@@ -104,10 +133,28 @@ def _object(folder: Path, name: str) -> tuple[dict | None, list]:
     except FileNotFoundError:
         return None, [Finding(name, None, "is missing")]
     except OSError as error:
-        return None, [Finding(name, None, f"cannot be read: {error.strerror}")]
+        return None, [Finding(name, None, f"cannot be read: {error.strerror or error}")]
     except ValueError as error:
         return None, [Finding(name, None, str(error))]
     return content, [Finding(name, key, "is listed twice") for key in names_twice(content)]
+
+
+def _absurd_counts(config, names) -> list:
+    """Counts so far from what the files hold that no model of them should be built."""
+    from ..checkpoint_kimi_k26 import Finding
+
+    counts = {
+        "text_config.num_hidden_layers": (config.text_config.num_hidden_layers, r"language_model.*\.layers\.(\d+)\."),
+        "text_config.n_routed_experts": (config.text_config.n_routed_experts or 0, r"\.experts\.(\d+)\."),
+    }
+    if config.vision_config is not None:
+        counts["vision_config.vt_num_hidden_layers"] = config.vision_config.vt_num_hidden_layers, r"vision_tower.*\.blocks\.(\d+)\."
+    findings = []
+    for key, (count, pattern) in counts.items():
+        held = max((int(found[1]) for found in map(re.compile(pattern).search, names) if found), default=0) + 1
+        if count > 100 + 10 * held:
+            findings.append(Finding("config.json", key, f"is {count:,}; the files have {held:,}"))
+    return findings
 
 
 def _config(content: dict) -> tuple[object, list]:
@@ -132,6 +179,7 @@ def _small_files(folder: Path, config: dict | None) -> list:
         if os.path.lexists(folder / name):  # a link that leads nowhere is missing
             contents[name], wrong = _object(folder, name)
             findings += wrong
+    findings += _code(folder, contents | {"tokenizer_config.json": _object(folder, "tokenizer_config.json")[0]})
     if contents.get("preprocessor_config.json") is not None:
         try:
             processor = KimiK26ImageProcessor.from_pretrained(folder)
@@ -139,8 +187,12 @@ def _small_files(folder: Path, config: dict | None) -> list:
         except Exception as error:  # whatever it is, a user would meet it
             findings.append(Finding("preprocessor_config.json", None, _words(error)))
     for key, value in (contents.get("generation_config.json") or {}).items():
-        if key in SAMPLING and (isinstance(value, bool) or not isinstance(value, (int, float, type(None)))):
-            findings.append(Finding("generation_config.json", key, f"must be a number, got {value!r}"))
+        kind, words, fits = SAMPLING.get(key, (None, "", None))
+        right = type(value) is kind or kind is float and type(value) is int
+        if kind is not None and value is not None and not (right and fits(value)):
+            findings.append(Finding("generation_config.json", key, f"must be {words}, got {value!r}"))
+        if key == "eos_token_id" and value == []:
+            findings.append(Finding("generation_config.json", key, "is an empty list: no token would end a reply"))
     return findings + _tokenizer(folder, contents)
 
 
@@ -153,7 +205,73 @@ def _patches(made, read) -> list:
         wanted = read.get(key, own) if isinstance(read, dict) else own
         if wanted != own:
             findings.append(Finding("preprocessor_config.json", key, f"is {own}; config.json has {wanted}"))
+    frames = read.get("init_pos_emb_time", made.temporal_merge_kernel_size) if isinstance(read, dict) else made.temporal_merge_kernel_size
+    if made.temporal_merge_kernel_size > frames:
+        problem = f"is {made.temporal_merge_kernel_size}; a clip has up to {frames} frames, says vision_config.init_pos_emb_time"
+        findings.append(Finding("preprocessor_config.json", "temporal_merge_kernel_size", problem))
+    if made.fixed_output_tokens is not None:
+        problem = f"is {made.fixed_output_tokens}; the model gives as many features as a picture has merged patches"
+        findings.append(Finding("preprocessor_config.json", "fixed_output_tokens", problem))
     return findings
+
+
+def _code(folder: Path, contents: dict) -> list:
+    """Classes that JSON files point at with `auto_map`, and that the folder's code does not have. A folder without any is sound."""
+    from ..checkpoint_kimi_k26 import Finding
+
+    if not any(folder.glob("*.py")):
+        return []
+    findings, reached = [], set()
+    for file, content in contents.items():
+        named = (content or {}).get("auto_map", {})
+        if not isinstance(named, dict):
+            findings.append(Finding(file, "auto_map", f"must be an object of class names, got {named!r}"))
+            continue
+        for key, value in named.items():
+            for name in value if isinstance(value, list) else [value]:
+                module, dot, made = name.rpartition(".") if isinstance(name, str) else ("", "", "")
+                if name is None or isinstance(name, str) and "--" in name:  # no fast tokenizer; code of another repository
+                    continue
+                if not dot:
+                    findings.append(Finding(file, f"auto_map.{key}", f"must be module.Class, got {name!r}"))
+                    continue
+                defined, wrong = _module(folder, module, reached)
+                findings += wrong
+                if defined is not None and made not in defined:
+                    findings.append(Finding(file, f"auto_map.{key}", f"is {name}, which {module}.py does not define"))
+    return findings
+
+
+def _module(folder: Path, module: str, reached: set) -> tuple[set | None, list]:
+    """What a module of the folder defines, `None` where it cannot be read; and what is wrong with it, the first time it is reached,
+    and with those that it imports."""
+    from ..checkpoint_kimi_k26 import Finding
+
+    file, known, findings = f"{module}.py", module in reached, []
+    reached.add(module)
+    try:
+        tree = ast.parse((folder / file).read_bytes())
+    except FileNotFoundError:
+        return None, [] if known else [Finding(file, None, "is missing: the folder's code imports it")]
+    except (OSError, SyntaxError, ValueError) as error:
+        return None, [] if known else [Finding(file, None, f"is no code that can be imported: {error}")]
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module]
+    for node in imported if not known else ():
+        defined, wrong = _module(folder, node.module, reached)
+        findings += wrong
+        for name in node.names if defined is not None else ():
+            if name.name not in defined and name.name != "*":
+                findings.append(Finding(f"{node.module}.py", None, f"does not define {name.name}, which {file} imports"))
+    return {name for node in ast.walk(tree) for name in _defined(node)}, findings
+
+
+def _defined(node: ast.AST) -> list[str]:
+    """Names that a piece of code gives to something."""
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(name.asname or name.name).partition(".")[0] for name in node.names]
+    return [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
 
 
 def _tokenizer(folder: Path, contents: dict) -> list:
@@ -180,7 +298,7 @@ def _tokenizer(folder: Path, contents: dict) -> list:
         added = added_tokens(content)
     except ValueError as error:
         return [*findings, Finding(TOKENIZER_CONFIG, None, str(error))]
-    findings += _names(content, added)
+    findings += _names(content, added) + _order(content, added)
     for file, values in contents.items():
         findings += _ids_of(file, values or {}, content, added)
     text_config = contents["config.json"].get("text_config")
@@ -218,6 +336,25 @@ def _names(content: dict, added: dict[int, str]) -> list:
     return findings
 
 
+def _order(content: dict, added: dict[int, str]) -> list:
+    """Control tokens whose ids do not follow each other as the published ones do: two may have been swapped; and an end of a turn
+    that is no special token, so that it would stay in the text of a reply."""
+    from ..checkpoint_kimi_k26 import Finding
+    from ..soundness_kimi_k26 import TOKENIZER_CONFIG
+    from .tiny import CONTROL_TOKENS, SPOKEN_TOKENS
+
+    published = {text: offset for offset, text in (CONTROL_TOKENS | SPOKEN_TOKENS).items()}
+    known, findings = [(index, text) for index, text in sorted(added.items()) if text in NEEDED_TOKENS], []
+    for (before, first), (after, second) in zip(known, known[1:]):
+        if published[first] > published[second]:
+            problem = f"has the id {before}, before {second} with {after}; as published it comes behind that"
+            findings.append(Finding(TOKENIZER_CONFIG, first, problem))
+    for index, token in content["added_tokens_decoder"].items():
+        if isinstance(token, dict) and token.get("content") == END_TOKENS[0] and token.get("special") is False:
+            findings.append(Finding(TOKENIZER_CONFIG, END_TOKENS[0], "is not special: it would stay in the text of replies"))
+    return findings
+
+
 def _ids_of(file: str, values: dict, content: dict, added: dict[int, str], where: str = "") -> list:
     """Ids of a config that are not those of the tokenizer's tokens."""
     from ..checkpoint_kimi_k26 import Finding
@@ -245,7 +382,7 @@ def _text(token) -> str | None:
 
 
 def _loads(folder: Path) -> list:
-    """What the tokenizer itself says, and its chat template."""
+    """What the tokenizer itself says, and its chat template, which has to show all of a chat."""
     from .. import TikTokenTokenizer
     from ..checkpoint_kimi_k26 import Finding
     from ..soundness_kimi_k26 import TOKENIZER_CONFIG
@@ -254,14 +391,19 @@ def _loads(folder: Path) -> list:
         tokenizer = TikTokenTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever it is, a user would meet it
         return [Finding(TOKENIZER_CONFIG, None, _words(error))]
-    if tokenizer.chat_template is not None:
-        try:
-            shown = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
-            if "Hello" not in shown:
-                return [Finding("chat_template.jinja", None, "does not show what is said: a message is not in the text it makes")]
-        except Exception as error:
-            return [Finding("chat_template.jinja", None, _words(error))]
-    return []
+    if tokenizer.chat_template is None:
+        return []
+    try:
+        shown = tokenizer.apply_chat_template(PROBE, tools=PROBE_TOOLS, tokenize=False, preserve_thinking=True)
+    except Exception as error:
+        return [Finding("chat_template.jinja", None, _words(error))]
+    missing = [word for word in PROBE_WORDS if word not in shown]
+    if missing:
+        return [Finding("chat_template.jinja", None, f"does not show what is said: {missing[0]!r} of a chat is not in the text it makes")]
+    findings = [Finding("chat_template.jinja", None, f"never writes {token}") for token in NEEDED_TOKENS if token not in shown]
+    if not shown.startswith("<|"):
+        findings.append(Finding("chat_template.jinja", None, f"begins each prompt with {shown[:8]!r}: is there a byte order mark?"))
+    return findings
 
 
 def _words(error: Exception) -> str:

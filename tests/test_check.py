@@ -400,12 +400,60 @@ SMALL_FILES = {
         "additional_special_tokens", "must be a list of tokens, got 5", False),
     "a template that shows nothing": (
         lambda f: (f / "chat_template.jinja").write_text("x"), "chat_template.jinja", None, "does not show", True),
+    "template with a byte order mark": (
+        lambda f: (f / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf" + (f / "chat_template.jinja").read_bytes()), "chat_template.jinja",
+        None, "byte order mark", True),
+    "template that ends no turn": (
+        lambda f: change_text(f / "chat_template.jinja", "<|im_end|>", ""), "chat_template.jinja", None, "never writes <|im_end|>", True),
+    "template without calls": (
+        lambda f: change_text(f / "chat_template.jinja", "<|tool_call_begin|>", ""), "chat_template.jinja", None, "never writes <|tool_call_begin|>", True),
+    "template that shows words alone": (
+        lambda f: (f / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}"), "chat_template.jinja",
+        None, "does not show", True),
+    "think swapped": (
+        lambda f: swap(f, "<think>", "</think>"), "tokenizer_config.json", "</think>", "as published it comes behind", True),
+    "an end that is not special": (
+        edit_json("tokenizer_config.json", lambda c: [t.update(special=False) for t in c["added_tokens_decoder"].values()]),
+        "tokenizer_config.json", "<|im_end|>", "is not special", True),
+    "no end": (edit_json("generation_config.json", lambda c: c.update(eos_token_id=[])), "generation_config.json", "eos_token_id", "empty", True),
+    "no beams": (edit_json("generation_config.json", lambda c: c.update(num_beams=0)), "generation_config.json", "num_beams", "got 0", True),
+    "a share above all": (edit_json("generation_config.json", lambda c: c.update(top_p=5)), "generation_config.json", "top_p", "up to 1", True),
+    "half a token": (edit_json("generation_config.json", lambda c: c.update(top_k=1.5)), "generation_config.json", "top_k", "got 1.5", True),
+    "sampling in words": (edit_json("generation_config.json", lambda c: c.update(do_sample="yes")), "generation_config.json", "do_sample", "'yes'", True),
+    "clips too long": (
+        edit_json("preprocessor_config.json", lambda c: c["media_proc_cfg"].update(temporal_merge_kernel_size=8)),
+        "preprocessor_config.json", "temporal_merge_kernel_size", "up to 4 frames", True),
+    "as many tokens for each picture": (
+        edit_json("preprocessor_config.json", lambda c: c["media_proc_cfg"].update(fixed_output_tokens=7)), "preprocessor_config.json",
+        "fixed_output_tokens", "is 7", True),
+    "code gone": (lambda f: (f / "modeling_kimi_k26.py").unlink(), "modeling_kimi_k26.py", None, "is missing", True),
+    "code that other code imports gone": (lambda f: (f / "text_kimi_k26.py").unlink(), "text_kimi_k26.py", None, "is missing", True),
+    "code emptied": (lambda f: (f / "text_kimi_k26.py").write_text(""), "text_kimi_k26.py", None, "does not define", True),
+    "code cut": (lambda f: cut_bytes(f, "response_kimi.py") or (f / "response_kimi.py").open("a").write("\ndef ("), "response_kimi.py", None, "no code", True),
+    "a class that there is not": (
+        edit_json("config.json", lambda c: c["auto_map"].update(AutoModel="modeling_kimi_k26.Other")), "config.json", "auto_map.AutoModel",
+        "does not define", True),
+    "classes that are a number": (edit_json("preprocessor_config.json", lambda c: c.update(auto_map=5)), "preprocessor_config.json", "auto_map", "got 5", True),
     "template broken": (
         lambda f: (f / "chat_template.jinja").write_text("{% if %}"), "chat_template.jinja", None, "", True),
     "a shard too many": (
         lambda f: shutil.copy(shards(f)[0], f / "model-00099-of-00099.safetensors"), "model-00099-of-00099.safetensors",
         None, "not named", True),
 }  # fmt: skip
+
+
+def change_text(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def swap(folder, one, other):
+    def change(content):
+        tokens = {token["content"]: token for token in content["added_tokens_decoder"].values()}
+        tokens[one]["content"], tokens[other]["content"] = other, one
+
+    edit_json("tokenizer_config.json", change)(folder)
 
 
 def edit_line(folder, number, line):
@@ -444,6 +492,18 @@ def test_damage_beside_the_weights_is_found(folder, kind):
     else:
         with pytest.raises((ValueError, OSError, TypeError)):
             TikTokenTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_routed_experts"])
+def test_no_model_of_absurd_size_is_built(folder, key):
+    edit_json("config.json", lambda c: c["text_config"].update({key: 10**9}))(folder)
+    assert [(f.file, f.tensor) for f in check(folder)[0]] == [("config.json", f"text_config.{key}")]
+
+
+def test_a_folder_without_code_is_sound(folder):
+    for path in folder.glob("*.py"):
+        path.unlink()
+    assert check(folder)[0] == []
 
 
 def test_config_damage_that_leaves_no_model(folder):

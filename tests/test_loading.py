@@ -109,7 +109,7 @@ def test_commands_hand_on_their_options(command, tmp_path, monkeypatch, capsys):
         raise CommandError("enough")
 
     monkeypatch.setattr(importlib.import_module(f"kimi_k26.cli.{command}"), "load_checkpoint", load_checkpoint)
-    words = ["--dtype", "float32", "--memory", "9GiB", "--expert-budget", "2GiB", "--threads", "3"]
+    words = ["--dtype", "float32", "--memory", "9GiB", "--expert-budget", "2GiB", "--threads", "3", *(["--port", "0"] if command == "serve" else [])]
     assert main([command, str(tmp_path), *words]) == 1 and "enough" in capsys.readouterr().err
     assert asked == [(tmp_path, "float32", "9GiB", "2GiB", 3)]
     with pytest.raises(SystemExit):

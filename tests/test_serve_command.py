@@ -1,6 +1,7 @@
 """The command `kimi-k26 serve`: a process of its own, and what it refuses."""
 
 import signal
+import socket
 import sys
 
 import pytest
@@ -25,7 +26,7 @@ def test_the_command(tiny_checkpoint):
 @pytest.mark.parametrize("words, says", [(["--max-running", "0"], "--max-running"), (["--max-body", "big"], "64MiB"), ([], "no")])
 def test_the_command_refuses(tiny_checkpoint, capsys, tmp_path, words, says):
     folder = tiny_checkpoint if words else tmp_path / "no"
-    assert main(["serve", str(folder), *words]) == 1
+    assert main(["serve", str(folder), "--port", "0", *words]) == 1
     assert says in capsys.readouterr().err
 
 
@@ -44,3 +45,9 @@ def test_options_that_make_no_server(option, value, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["serve", "nowhere", f"{option}={value}"])
     assert stop.value.code == 2 and f"argument {option}: " in (said := capsys.readouterr().err) and value in said
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", str(tmp_path / "nowhere"), "--port", str(taken.getsockname()[1])]) == 1
+    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err

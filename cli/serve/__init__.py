@@ -9,6 +9,7 @@ face over HTTP.
 import asyncio
 import logging
 import signal
+import socket
 from pathlib import Path
 
 from .. import CommandError
@@ -53,8 +54,15 @@ def run(args) -> int:
     from .app import create_app
 
     logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s:     %(name)s: %(message)s")
+    keys = read_keys(args)
+    if args.port:  # what is wrong with it is better known before the weights are loaded
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        try:
+            socket.create_server((args.host, args.port), family=family).close()
+        except OSError as error:
+            raise CommandError(f"cannot listen on {args.host}, port {args.port}: {error.strerror or error}") from error
     service = load(args)
-    app = create_app(service, read_keys(args))
+    app = create_app(service, keys)
     config = uvicorn.Config(
         app,
         host=args.host,
