@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import CommandError
@@ -221,7 +222,7 @@ def _code(folder: Path, contents: dict) -> list:
 
     if not any(folder.glob("*.py")):
         return []
-    findings, reached = [], set()
+    findings, known = [], {}
     for file, content in contents.items():
         named = (content or {}).get("auto_map", {})
         if not isinstance(named, dict):
@@ -235,43 +236,53 @@ def _code(folder: Path, contents: dict) -> list:
                 if not dot:
                     findings.append(Finding(file, f"auto_map.{key}", f"must be module.Class, got {name!r}"))
                     continue
-                defined, wrong = _module(folder, module, reached)
-                findings += wrong
-                if defined is not None and made not in defined:
+                findings += _module(folder, module, known)
+                if known[module] is not None and made not in known[module]:
                     findings.append(Finding(file, f"auto_map.{key}", f"is {name}, which {module}.py does not define"))
     return findings
 
 
-def _module(folder: Path, module: str, reached: set) -> tuple[set | None, list]:
-    """What a module of the folder defines, `None` where it cannot be read; and what is wrong with it, the first time it is reached,
-    and with those that it imports."""
+def _module(folder: Path, module: str, known: dict[str, set | None]) -> list:
+    """What is wrong with a module of the folder and with those that it imports. What each defines goes into `known`, `None` where it
+    cannot be read."""
     from ..checkpoint_kimi_k26 import Finding
 
-    file, known, findings = f"{module}.py", module in reached, []
-    reached.add(module)
+    if module in known:
+        return []
+    file, known[module], findings = f"{module}.py", None, []
     try:
-        tree = ast.parse((folder / file).read_bytes())
+        nodes = list(_statements(ast.parse((folder / file).read_bytes()).body))
     except FileNotFoundError:
-        return None, [] if known else [Finding(file, None, "is missing: the folder's code imports it")]
+        return [Finding(file, None, "is missing: the folder's code imports it")]
     except (OSError, SyntaxError, ValueError) as error:
-        return None, [] if known else [Finding(file, None, f"is no code that can be imported: {error}")]
-    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module]
-    for node in imported if not known else ():
-        defined, wrong = _module(folder, node.module, reached)
-        findings += wrong
-        for name in node.names if defined is not None else ():
-            if name.name not in defined and name.name != "*":
-                findings.append(Finding(f"{node.module}.py", None, f"does not define {name.name}, which {file} imports"))
-    return {name for node in ast.walk(tree) for name in _defined(node)}, findings
+        return [Finding(file, None, f"is no code that can be imported: {error}")]
+    known[module] = {name for node in nodes for name in _defined(node)}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+            findings += _module(folder, node.module, known)
+            for name in node.names if known[node.module] is not None else ():
+                if name.name not in known[node.module] and name.name != "*":
+                    findings.append(Finding(f"{node.module}.py", None, f"does not define {name.name}, which {file} imports"))
+    return findings
+
+
+def _statements(body: list) -> Iterator[ast.AST]:
+    """What runs when a module is imported."""
+    for node in body:
+        yield node
+        if isinstance(node, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
+            for part in ("body", "orelse", "finalbody", "handlers"):
+                yield from _statements(getattr(node, part, []))
 
 
 def _defined(node: ast.AST) -> list[str]:
-    """Names that a piece of code gives to something."""
+    """Names that a statement gives to something."""
     if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
         return [node.name]
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         return [(name.asname or name.name).partition(".")[0] for name in node.names]
-    return [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
 def _tokenizer(folder: Path, contents: dict) -> list:
