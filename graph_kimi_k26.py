@@ -66,10 +66,10 @@ def _decode(x, cos, sin, at, padding, keys: list[torch.Tensor], values: list[tor
         raise ValueError(f"the static cache has room for {keys[0].shape[2]} tokens, and one comes at place {past}")
     if padding is not None and (padding.shape[0] != x.shape[0] or padding.shape[1] <= past):
         raise ValueError(f"attention_mask is {tuple(padding.shape)}, but {x.shape[0]} sequences have {past + 1} tokens")
-    widths = owner.layers[0].self_attn.rank, owner.layers[0].self_attn.rope
+    decoder = decoder_of(owner, keys[0].data_ptr(), past)
+    widths = decoder.parts[0].widths
     if not all(fits(held, x, keys[0].shape[2], width) for place in zip(keys, values) for held, width in zip(place, widths)):
         raise ValueError(f"the static cache holds {tuple(keys[0].shape)} and {tuple(values[0].shape)}, not latents and rotary keys {widths} wide")
-    decoder = decoder_of(owner, keys[0].data_ptr(), past)
     if not decoder.fits:
         raise RuntimeError("the layers have changed since the model was compiled; compile it again")
     out = decoder.run(x, (cos, sin), padding, [(*place, past) for place in zip(keys, values)], head)

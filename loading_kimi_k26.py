@@ -92,14 +92,14 @@ def load_mapped(cls, folder, expert_budget, kwargs: dict):
     config.name_or_path = str(folder)
     if attention is not None:
         config._attn_implementation = attention
-    checkpoint, stored = Checkpoint(folder), _stored_dtype(folder)
+    checkpoint, own = Checkpoint(folder), _own_config(folder)
     for part in (config, config.text_config):
         if dtype != "auto":
             part.dtype = _dtype_called(dtype) if isinstance(dtype, str) else dtype
     with built_on_meta(config.dtype or torch.float32):
         model = cls(config, **kwargs)
-    is_part = _is_part(config, folder)
-    findings = findings_at_load(checkpoint, model, stored, is_part)
+    is_part = _is_part(config, own)
+    findings = findings_at_load(checkpoint, model, _stored_dtype(own), is_part)
     if findings:
         raise CheckpointError(folder, findings)
     left_out = checkpoint.beyond(model) if is_part else []
@@ -151,31 +151,32 @@ def refuse_damage(cls, folder, kwargs):
     config = kwargs.get("config")
     if not isinstance(config, PretrainedConfig):
         config = KimiK26Config.from_pretrained(folder if config is None else config)
-    stored = _stored_dtype(folder)
+    own = _own_config(folder)
+    stored = _stored_dtype(own)
     with built_on_meta(stored or torch.float32):
         model = cls(copy.deepcopy(config))
-    findings = findings_at_load(Checkpoint(folder), model, stored, _is_part(config, folder))
+    findings = findings_at_load(Checkpoint(folder), model, stored, _is_part(config, own))
     if findings:
         raise CheckpointError(folder, findings)
 
 
-def _is_part(config: KimiK26Config, folder) -> bool:
+def _own_config(folder) -> dict:
+    """The folder's own `config.json`, empty where there is none; another may have been given."""
+    try:
+        return KimiK26Config.get_config_dict(folder)[0]
+    except OSError:
+        return {}
+
+
+def _is_part(config: KimiK26Config, own: dict) -> bool:
     """Whether a config that was given has fewer layers than the folder's own, or no eyes: what it leaves out is no damage."""
-    try:
-        own = KimiK26Config.from_pretrained(folder)
-    except OSError:
-        return False
-    blind = config.vision_config is None and own.vision_config is not None
-    return blind or config.text_config.num_hidden_layers < own.text_config.num_hidden_layers
+    blind = config.vision_config is None and own.get("vision_config") is not None
+    return blind or config.text_config.num_hidden_layers < (own.get("text_config") or {}).get("num_hidden_layers", 0)
 
 
-def _stored_dtype(folder) -> Optional[torch.dtype]:
+def _stored_dtype(own: dict) -> Optional[torch.dtype]:
     """What the folder's own config says; the Auto classes write the dtype asked for into the config they hand over."""
-    try:
-        fields, _ = KimiK26Config.get_config_dict(folder)
-    except OSError:
-        return None
-    name = fields.get("dtype", fields.get("torch_dtype"))
+    name = own.get("dtype", own.get("torch_dtype"))
     return getattr(torch, name) if isinstance(name, str) else None
 
 

@@ -12,7 +12,6 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
-import numpy as np
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
@@ -31,7 +30,7 @@ from .image_processing_kimi_k26 import (
     spread_fps,
 )
 from .response_kimi import parse_response
-from .tokenization_kimi import TikTokenTokenizer
+from .tokenization_kimi import TikTokenTokenizer, integers
 from .vocabulary_kimi import MEDIA_PAD
 
 # Version 4 of the library copies from a local folder only those modules that the loaded one names itself, and not what
@@ -259,9 +258,7 @@ class KimiK26Processor(ProcessorMixin):
                 extra = [fill] * (len(data["input_ids"][at]) - len(row))
                 rows[at] = extra + row if side == "left" else row + extra
             data[name] = rows
-        if options.return_tensors is not None and len({len(ids) for ids in data["input_ids"]}) == 1:  # rows of none, too, are integers
-            data = {name: np.asarray(rows, dtype=np.int64) for name, rows in data.items()}
-        return data
+        return data if options.return_tensors is None else integers(data)
 
     def _cut(self, columns: dict[str, list], at: int, media_tokens: int, options: "_Options") -> None:
         """Truncates one row of every column, in place."""

@@ -435,10 +435,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         if return_tensors is not None:
             for key in ("overflowing_tokens", "num_truncated_tokens"):  # rows of unequal length make no tensor
                 data.pop(key, None)
-            # Through NumPy the way to a tensor is shorter, and an empty row stays one of integers. Rows of unequal
-            # length are left to the library, whose error says what to do.
-            if len({len(row) for row in data["input_ids"]}) <= 1:
-                data = {key: np.asarray(value, dtype=np.int64) for key, value in data.items()}
+            data = integers(data)
         elif not is_batch:
             data = {key: value[0] for key, value in data.items()}
         return BatchEncoding(data, tensor_type=return_tensors)
@@ -626,6 +623,14 @@ def _as_batch(text, text_pair, is_split_into_words: bool) -> tuple[list[tuple], 
         else (item, None)
         for item in text
     ], True
+
+
+def integers(columns: dict[str, list]) -> dict[str, Any]:
+    """Rows as arrays of int64: from there the way to a tensor is shorter, and an empty row stays one of integers. Rows of unequal length
+    are left to the library, whose error says what to do."""
+    if len({len(row) for row in columns["input_ids"]}) > 1:
+        return columns
+    return {key: np.asarray(rows, dtype=np.int64) for key, rows in columns.items()}
 
 
 def _as_python(ids):

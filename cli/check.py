@@ -180,7 +180,8 @@ def _small_files(folder: Path, config: dict | None) -> list:
         if os.path.lexists(folder / name):  # a link that leads nowhere is missing
             contents[name], wrong = _object(folder, name)
             findings += wrong
-    findings += _code(folder, contents | {"tokenizer_config.json": _object(folder, "tokenizer_config.json")[0]})
+    tokenizer = _object(folder, "tokenizer_config.json")
+    findings += _code(folder, contents | {"tokenizer_config.json": tokenizer[0]})
     if contents.get("preprocessor_config.json") is not None:
         try:
             processor = KimiK26ImageProcessor.from_pretrained(folder)
@@ -188,27 +189,27 @@ def _small_files(folder: Path, config: dict | None) -> list:
         except Exception as error:  # whatever it is, a user would meet it
             findings.append(Finding("preprocessor_config.json", None, _words(error)))
     for key, value in (contents.get("generation_config.json") or {}).items():
-        kind, words, fits = SAMPLING.get(key, (None, "", None))
-        right = type(value) is kind or kind is float and type(value) is int
-        if kind is not None and value is not None and not (right and fits(value)):
-            findings.append(Finding("generation_config.json", key, f"must be {words}, got {value!r}"))
+        if key in SAMPLING and value is not None:
+            kind, words, fits = SAMPLING[key]
+            if type(value) not in (kind, int if kind is float else kind) or not fits(value):
+                findings.append(Finding("generation_config.json", key, f"must be {words}, got {value!r}"))
         if key == "eos_token_id" and value == []:
             findings.append(Finding("generation_config.json", key, "is an empty list: no token would end a reply"))
-    return findings + _tokenizer(folder, contents)
+    return findings + _tokenizer(folder, contents, *tokenizer)
 
 
 def _patches(made, read) -> list:
     """What the model does not take of the patches that the image processor makes."""
     from ..checkpoint_kimi_k26 import Finding
 
-    findings = []
+    findings, read = [], read if isinstance(read, dict) else {}
     for key, own in (("patch_size", made.patch_size), ("merge_kernel_size", list(made.merge))):
-        wanted = read.get(key, own) if isinstance(read, dict) else own
+        wanted = read.get(key, own)
         if wanted != own:
             findings.append(Finding("preprocessor_config.json", key, f"is {own}; config.json has {wanted}"))
-    frames = read.get("init_pos_emb_time", made.temporal_merge_kernel_size) if isinstance(read, dict) else made.temporal_merge_kernel_size
-    if made.temporal_merge_kernel_size > frames:
-        problem = f"is {made.temporal_merge_kernel_size}; a clip has up to {frames} frames, says vision_config.init_pos_emb_time"
+    frames = made.temporal_merge_kernel_size
+    if frames > read.get("init_pos_emb_time", frames):
+        problem = f"is {frames}; a clip has up to {read['init_pos_emb_time']} frames, says vision_config.init_pos_emb_time"
         findings.append(Finding("preprocessor_config.json", "temporal_merge_kernel_size", problem))
     if made.fixed_output_tokens is not None:
         problem = f"is {made.fixed_output_tokens}; the model gives as many features as a picture has merged patches"
@@ -285,7 +286,8 @@ def _defined(node: ast.AST) -> list[str]:
     return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
-def _tokenizer(folder: Path, contents: dict) -> list:
+def _tokenizer(folder: Path, contents: dict, content: dict | None, findings: list) -> list:
+    """What is wrong with the tokenizer, whose config has this `content` and these `findings`."""
     from ..checkpoint_kimi_k26 import Finding
     from ..soundness_kimi_k26 import TOKENIZER_CONFIG, VOCABULARY, added_tokens
     from ..vocabulary_kimi import read_ranks
@@ -294,7 +296,6 @@ def _tokenizer(folder: Path, contents: dict) -> list:
     if len(there) < 2:
         absent = {VOCABULARY, TOKENIZER_CONFIG} - set(there)
         return [Finding(name, None, f"is missing, though {there[0]} is there") for name in absent if there]
-    content, findings = _object(folder, TOKENIZER_CONFIG)
     try:
         ranks = read_ranks(folder / VOCABULARY)
         absent = [byte for byte in range(256) if bytes([byte]) not in ranks]

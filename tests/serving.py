@@ -1,7 +1,9 @@
 """A server for tests, and a stand-in for the model that says what it is told to."""
 
+import base64
 import contextlib
 import http.client
+import io
 import json
 import os
 import re
@@ -15,6 +17,7 @@ from types import SimpleNamespace
 
 import torch
 import uvicorn
+from PIL import Image
 
 import kimi_k26
 from kimi_k26 import KimiK26Config, KimiK26Processor
@@ -26,11 +29,22 @@ from kimi_k26.cli.serve.service import Limits, Service
 from kimi_k26.cli.tiny import tiny_config
 
 SCRIPT = "Please say "
+REPLY = "They ask for 2 + 2.</think>It is four: 四! 🙂"
 
 
 def script(reply: str) -> str:
     """A user's message to which `Parrot` answers with this text; markers in it become their tokens."""
     return SCRIPT + reply.encode().hex() + "."
+
+
+def tool(name: str, parameters: dict | None = None, **more) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": parameters or {"type": "object"}, **more}}
+
+
+def picture(colour: str = "teal", size=(60, 40)) -> str:
+    data = io.BytesIO()
+    Image.new("RGB", size, colour).save(data, "PNG")
+    return "data:image/png;base64, " + base64.b64encode(data.getvalue()).decode()
 
 
 class Parrot:

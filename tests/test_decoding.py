@@ -364,16 +364,13 @@ def steps(model, ids, **options):
     return torch.cat(parts, dim=1)
 
 
-def no_swiglu(self, x):
-    return self.down_proj(self.up_proj(x).relu())
-
-
 class Relu(torch.nn.Module):
     def __init__(self, network):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = network.gate_proj, network.up_proj, network.down_proj
 
-    forward = no_swiglu
+    def forward(self, x):
+        return self.down_proj(self.up_proj(x).relu())
 
 
 def narrow(network):
