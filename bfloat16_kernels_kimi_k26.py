@@ -177,8 +177,8 @@ PANELS = r"""
 
 // Weights are turned, a panel of outputs at a time, so that each output has a lane of a vector. Every
 // row then meets them a pair of values at a time, and any number of rows is as good. INT4 words are unpacked on the way, which
-// costs nothing beside the products of a few rows.
-enum { HEIGHT = 5 };  // rows that registers hold
+// costs little beside the products of a few rows; many rows meet words that have been.
+enum { HEIGHT = 5, MANY = 40 };  // rows that registers hold; that are many
 
 // One row as panels want it, in words: pairs of inputs, and of each stretch what is too much (see `unpacked`).
 static inline i64 room_for(i64 rows) { return rows; }
@@ -189,51 +189,53 @@ static inline void put_pairs(uint32_t* row, i64 k, i64 at, __m512i x, bool packe
     if (packed) ((float*)row)[k / 2 + at / STRETCH] = _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), less, (__m512bh)x));
 }
 
-static inline i64 panel_words(i64 k, i64 group) { return k / (group ? 8 : 2) * PANEL; }
+static inline i64 panel_words(i64 k) { return k / 2 * PANEL; }
 
-// y[r] = the panel's outputs for R rows of pairs, `row` words apart: (R, PANEL).
-template <int R, bool PACKED> static void meet(Panel w, i64 group, const uint32_t* x, i64 row, i64 k, float* y) {
-    constexpr int WORDS = PACKED ? STRETCH / 8 : STRETCH / 2, PAIRS = PACKED ? 4 : 1;  // of a stretch, of a word
-    constexpr int V = 2;  // vectors of outputs at a time
-    for (int from = 0; from < PANEL; from += V * LANES) {
-        __m512 sum[R][V];
-        for (int r = 0; r < R; r++) for (int v = 0; v < V; v++) sum[r][v] = _mm512_setzero_ps();
-        const uint32_t* words = w.words + from;
-        for (i64 s = 0, p = 0; s < k / STRETCH; s++) {
-            __m512 part[R][V];
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < V; v++) part[r][v] = PACKED ? _mm512_set1_ps(((const float*)x)[r * row + k / 2 + s]) : sum[r][v];
-            for (int t = 0; t < WORDS; t++, words += PANEL)
-                for (int n = 0; n < PAIRS; n++, p++) {
-                    __m512i some[V];
-                    for (int v = 0; v < V; v++) {
-                        some[v] = _mm512_loadu_si512(words + v * LANES);
-                        if (PACKED) some[v] = (__m512i)unpacked(some[v], n);
-                    }
-                    for (int v = 0; v < V; v++) keep(some[v]);  // or the compiler keeps them in memory
-                    for (int r = 0; r < R; r++) {
-                        const __m512bh given = (__m512bh)_mm512_set1_epi32(x[r * row + p]);
-                        for (int v = 0; v < V; v++) part[r][v] = _mm512_dpbf16_ps(part[r][v], (__m512bh)some[v], given);
-                    }
+// y[r] = the panel's outputs for R rows of pairs, `row` words apart: (R, PANEL). SCALED: the sums of stretches. PAIRS of a word: 1 or 4.
+template <int R, bool SCALED, int PAIRS> static void meet(Panel w, i64 group, const uint32_t* x, i64 row, i64 k, float* y) {
+    constexpr int V = PANEL / LANES;
+    __m512 sum[R][V];
+    for (int r = 0; r < R; r++) for (int v = 0; v < V; v++) sum[r][v] = _mm512_setzero_ps();
+    const uint32_t* words = w.words;
+    for (i64 s = 0, p = 0; s < k / STRETCH; s++) {
+        __m512 part[R][V];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) part[r][v] = SCALED ? _mm512_set1_ps(((const float*)x)[r * row + k / 2 + s]) : sum[r][v];
+        for (int four = 0; four < STRETCH / 8; four++, words += 4 / PAIRS * PANEL)
+            #pragma GCC unroll 4
+            for (int n = 0; n < 4; n++, p++) {
+                __m512i some[V];
+                for (int v = 0; v < V; v++) {
+                    some[v] = _mm512_loadu_si512(words + n / PAIRS * PANEL + v * LANES);
+                    if (PAIRS == 4) some[v] = (__m512i)unpacked(some[v], n);
                 }
-            const float* scales = PACKED ? w.scales + s * STRETCH / group * PANEL + from : nullptr;
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < V; v++)
-                    sum[r][v] = PACKED ? _mm512_fmadd_ps(part[r][v], _mm512_loadu_ps(scales + v * LANES), sum[r][v]) : part[r][v];
-        }
-        for (int r = 0; r < R; r++) for (int v = 0; v < V; v++) _mm512_storeu_ps(y + r * PANEL + from + v * LANES, sum[r][v]);
+                for (int v = 0; v < V; v++) keep(some[v]);  // or the compiler keeps them in memory
+                for (int r = 0; r < R; r++) {
+                    const __m512bh given = (__m512bh)_mm512_set1_epi32(x[r * row + p]);
+                    for (int v = 0; v < V; v++) part[r][v] = _mm512_dpbf16_ps(part[r][v], (__m512bh)some[v], given);
+                }
+            }
+        const float* scales = SCALED ? w.scales + s * STRETCH / group * PANEL : nullptr;
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++)
+                sum[r][v] = SCALED ? _mm512_fmadd_ps(part[r][v], _mm512_loadu_ps(scales + v * LANES), sum[r][v]) : part[r][v];
     }
+    for (int r = 0; r < R; r++) for (int v = 0; v < V; v++) _mm512_storeu_ps(y + r * PANEL + v * LANES, sum[r][v]);
 }
 
 // y[r] = outputs `from` on of a matrix, a panel of them, for all rows.
 static void meet(Panel w, Matrix m, i64 from, i64 outputs, i64 group, const uint32_t* x, i64 rows, i64 row, i64 k, float* y) {
-    fill(w, m, from, outputs, k, group, [&](i64 t, i64 half, __m512i words) { _mm512_storeu_si512(w.words + t * PANEL + half, words); });
+    const bool unpack = m.scales && rows >= MANY;
+    fill(w, m, from, outputs, k, group, [&](i64 t, i64 half, __m512i words) {
+        if (!unpack) _mm512_storeu_si512(w.words + t * PANEL + half, words);
+        else for (int n = 0; n < 4; n++) _mm512_storeu_si512(w.words + (4 * t + n) * PANEL + half, (__m512i)unpacked(words, n));
+    });
     const i64 pieces = (rows + HEIGHT - 1) / HEIGHT;  // of about as many rows each
     for (i64 piece = 0; piece < pieces; piece++) {
         const i64 first = rows * piece / pieces;
         with_constant<HEIGHT>(rows * (piece + 1) / pieces - first, [&](auto count) {
-            if (m.scales) meet<count, true>(w, group, x + first * row, row, k, y + first * PANEL);
-            else meet<count, false>(w, group, x + first * row, row, k, y + first * PANEL);
+            const auto some = !m.scales ? meet<count, false, 1> : unpack ? meet<count, true, 1> : meet<count, true, 4>;
+            some(w, group, x + first * row, row, k, y + first * PANEL);
         });
     }
 }

@@ -237,7 +237,7 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
         inner = arena.take<uint32_t>(places * inner_row);
         sums = arena.take<float>(rows * hidden);
         for (i64 t = 0; t < threads; t++)
-            benches[t] = {{arena.take<uint32_t>(panel_words(widest, group)), arena.take<float>(widest / STRETCH * PANEL)},
+            benches[t] = {{arena.take<uint32_t>(panel_words(widest)), arena.take<float>(widest / STRETCH * PANEL)},
                           arena.take<float>(most * PANEL), arena.take<float>(most * PANEL)};
     });
     const i64* pair = order.data();  // (row, choice) of each row of a team
@@ -392,7 +392,7 @@ extern "C" void kimi_many_rows(const bf16* w, const bf16* bias, i64 outputs, i64
     arena.layout([&] {
         given = arena.take<uint32_t>(most * row);
         for (i64 t = 0; t < threads; t++)
-            benches[t] = {{arena.take<uint32_t>(panel_words(inputs, 0)), arena.take<float>(inputs / STRETCH * PANEL)}, arena.take<float>(most * PANEL)};
+            benches[t] = {{arena.take<uint32_t>(panel_words(inputs)), arena.take<float>(inputs / STRETCH * PANEL)}, arena.take<float>(most * PANEL)};
     });
     #pragma omp parallel num_threads(threads)
     for (i64 first = 0; first < rows; first += AT_ONCE) {

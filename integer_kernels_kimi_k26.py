@@ -217,7 +217,7 @@ static inline void put_pairs(uint32_t* row, i64 k, i64 at, __m512i x, bool packe
 
 // Weights are turned, a panel of outputs at a time, so that each output has a lane of a vector.
 struct Panel { uint32_t* words; float* scales; };  // (pairs of a row, PANEL), (scales of a row, PANEL)
-static inline i64 panel_words(i64 k, i64 group) { return std::min<i64>(k, DEPTH) / 2 * PANEL; }
+static inline i64 panel_words(i64 k) { return std::min<i64>(k, DEPTH) / 2 * PANEL; }
 
 static inline void transpose8(__m256i* r) {  // 8 x 8 words
     __m256i t[8];

@@ -185,7 +185,7 @@ static inline i64 room_for(i64 rows) { return (rows + 15) / 16 * 16; }  // whole
 static inline i64 paired_size(i64 k) { return k / 2 + 16; }  // a line more: rows whose distance is a power of two would meet in few places of a cache
 static inline void put_pairs(uint32_t* row, i64 k, i64 at, __m512i x, bool packed) { _mm512_storeu_si512(row + at / 2, as_pairs(x, packed)); }
 
-static inline i64 panel_words(i64 k, i64 group) { return k / 2 * PANEL; }
+static inline i64 panel_words(i64 k) { return k / 2 * PANEL; }
 
 // What INT4 words of sixteen outputs stand for, (4, PANEL) pairs: see `unpacked`, which gives 136 + v.
 static inline void put_weights(__m512i words, __m512 scale, uint32_t* to) {
