@@ -38,6 +38,7 @@ from .vocabulary_kimi import MEDIA_PAD
 from .compiling_kimi_k26 import compiled  # noqa: F401
 from .media_kimi_k26 import MediaError  # noqa: F401
 from .scaling_kimi_k26 import scaled  # noqa: F401
+from .text_ids_kimi import TextIds  # noqa: F401
 from .token_bytes_kimi import TokenBytes  # noqa: F401
 from .tool_declaration_kimi import tool_schemas  # noqa: F401
 from .video_kimi_k26 import read_video  # noqa: F401

@@ -2,15 +2,14 @@
 
 Ids run over the byte-pair ranks of the file, then 256 special ids. The special ones that `tokenizer_config.json` names
 (`added_tokens_decoder`) bear those names, the others are `<|reserved_token_ID|>`; tokens a user adds come after them.
-Text goes to tiktoken in pieces as long as it takes, those of a long text at once on all cores, and comes back from a table
-of all tokens' bytes: nothing here works token by token, except where the caller asks for tokens as strings.
+Text goes to tiktoken in long pieces and comes back from a table of all tokens' bytes: nothing here works token by token,
+except where the caller asks for tokens as strings.
 """
 
 import functools
 import inspect
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,10 @@ from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 from transformers.utils import logging
 
-from .chat_kimi import ControlText, Range, describe, is_batch_of_chats, longest_first, render_chats
+from .chat_kimi import ControlText, describe, is_batch_of_chats, render_chats
+from .text_ids_kimi import TextIds
 from .token_bytes_kimi import TokenBytes
-from .vocabulary_kimi import SPECIAL_IDS, SPLIT_PATTERN, printable, read_ranks, spelled, split_long_text, write_ranks
+from .vocabulary_kimi import SPECIAL_IDS, SPLIT_PATTERN, printable, read_ranks, spelled, write_ranks
 
 # Version 4 of the library copies from a local folder only those modules that the loaded one names itself.
 from .tool_declaration_kimi import tool_schemas  # noqa: F401
@@ -32,7 +32,6 @@ logger = logging.get_logger(__name__)
 VOCAB_FILES_NAMES = {"vocab_file": "tiktoken.model"}
 # What a chat gives by default: ids in version 4, a dict in version 5.
 _RETURNS_DICT = inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters["return_dict"].default
-_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all bytes of a character but its first
 
 
 class TikTokenTokenizer(PreTrainedTokenizer):
@@ -160,18 +159,9 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     def _update_total_vocab_size(self):
         # The library calls this whenever the added tokens have changed.
         self.total_vocab_size = self.vocab_size + sum(self._own_id(name) is None for name in self._added_tokens_encoder)
-        known = self._encoding._special_tokens
         self._late_tokens = {i: t.content for i, t in self._added_tokens_decoder.items() if i >= self.vocab_size}
         self._token_bytes = None
-        own = [
-            token
-            for token in self._added_tokens_decoder.values()
-            if token.content not in known or token.lstrip or token.rstrip or token.single_word
-        ]
-        # tiktoken finds its own special tokens. Only where a user added others must the text be searched beforehand,
-        # and then for all of them together, as the longest match wins.
-        self._added_names = {token.content for token in own} | set(known)
-        self._added_pattern = longest_first(frozenset(self._added_names)) if own else None
+        self._text_ids = TextIds(self._encoding, self._added_tokens_decoder)
 
     def _convert_token_to_id(self, token: str) -> int:
         index = self._own_id(token)
@@ -207,88 +197,12 @@ class TikTokenTokenizer(PreTrainedTokenizer):
 
     # ---- Text → ids ----
 
-    def _segments(self, text: str, plain: bool, control: ControlText | None) -> Iterator[tuple[list[int], int, int]]:
-        """Ids of consecutive parts of `text` with the character range of each part."""
-        if plain or self._added_pattern is None:
-            options = {"allowed_special": set() if plain or control else "all", "disallowed_special": ()}
-            pieces, start = list(split_long_text(text)), 0
-            if len(pieces) > 1 and (plain or not control):
-                threads = min(len(pieces), os.cpu_count() or 1)
-                for piece, ids in zip(pieces, self._encoding.encode_batch(pieces, num_threads=threads, **options)):
-                    yield ids, start, start + len(piece)
-                    start += len(piece)
-                return
-            for piece in pieces:
-                begin, end = start, start + len(piece)
-                # A token that was cut in two is none, here as elsewhere.
-                for first, last in control.within(start, end) if control and not plain else ():
-                    yield self._encoding.encode_ordinary(text[start:first]), start, first
-                    yield [self._own_id(text[first:last])], first, last
-                    start = last
-                yield self._encoding.encode(piece[start - begin :], **options), start, end
-                start = end
-            return
-
-        def between(start, end):
-            for ids, first, last in self._segments(text[start:end], plain=True, control=None):
-                yield ids, start + first, start + last
-
-        done = 0
-        for start, end in self._written_tokens(text, control):
-            index = self.convert_tokens_to_ids(text[start:end])
-            token = self._added_tokens_decoder.get(index, AddedToken(text[start:end]))
-            alone = text[start - 1 : start] in ("", " ") and text[end : end + 1] in ("", " ")
-            if start < done or (token.single_word and not alone):  # the token before may have taken leading spaces
-                continue
-            left = len(text[done:start].rstrip()) + done if token.lstrip else start
-            yield from between(done, left)
-            yield [index], start, end
-            done = len(text) - len(text[end:].lstrip()) if token.rstrip else end
-        yield from between(done, len(text))
-
-    def _written_tokens(self, text: str, control: ControlText | None) -> Iterator[Range]:
-        """Where `text` holds tokens to look up: all of them, or with `control` the control tokens that it allows and
-        all that are none."""
-        if control is None:
-            yield from (match.span() for match in self._added_pattern.finditer(text))
-            return
-        ordinary, done = longest_first(frozenset(self._added_names - control.names)), 0
-        for start, end in [*control.ranges, (len(text), len(text))]:
-            yield from (match.span() for match in ordinary.finditer(text, done, start))
-            if start < end:
-                yield start, end
-            done = end
-
     def control_tokens(self, chat_template: str = "") -> frozenset[str]:
         """The tokens that words in a chat must not become: the 256 special ones, those a user added as special, and of
         other added ones those that `chat_template` writes, unless they are plain words."""
         added = self._added_tokens_decoder.values()
         written = {t.content for t in added if t.content in chat_template and not t.content.strip().isalnum()}
         return frozenset(written.union(self._encoding._special_tokens, (t.content for t in added if t.special)))
-
-    def _text_ids(self, text: str, plain: bool, control: ControlText | None) -> list[int]:
-        segments = self._segments(text, plain, control)
-        all_ids = next(segments, ([],))[0]
-        for ids, _, _ in segments:
-            all_ids += ids
-        return all_ids
-
-    def _ids_and_offsets(self, text: str, plain: bool, control: ControlText | None) -> tuple[list[int], list[Range]]:
-        """Ids of `text` and for each the range of characters it holds bytes of (several may share a character)."""
-        # tiktoken replaces what UTF-8 cannot carry; doing it first keeps the counts right.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        all_ids, offsets = [], []
-        for ids, start, end in self._segments(text, plain, control):
-            all_ids += ids
-            if len(ids) == 1:
-                offsets.append((start, end))
-                continue
-            for token in self._encoding.decode_tokens_bytes(ids):
-                begun = len(token.translate(None, _CONTINUATION_BYTES))  # characters whose first byte is in this token
-                continues = token[0] in _CONTINUATION_BYTES  # a character begun before
-                offsets.append((start - continues, start + begun))
-                start += begun
-        return all_ids, offsets
 
     def encode(self, text, text_pair=None, add_special_tokens: bool = True, **kwargs):
         """Text (or tokens as strings, or ids) → list of ids, or a tensor `(1, n)` with `return_tensors`."""
@@ -373,7 +287,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             """Ids of one sequence, and its offsets where asked for and known."""
             if isinstance(given, str):
                 if return_offsets_mapping:
-                    return self._ids_and_offsets(given, plain, control)
+                    return self._text_ids.with_offsets(given, plain, control)
                 return self._text_ids(given, plain, control), None
             if isinstance(given, (list, tuple)):
                 if all(isinstance(item, int) for item in given):

@@ -1,4 +1,4 @@
-"""tokenization_kimi.py and token_bytes_kimi.py: text ⇄ ids through the library's interface."""
+"""tokenization_kimi.py, text_ids_kimi.py and token_bytes_kimi.py: text ⇄ ids through the library's interface."""
 
 import base64
 import copy
@@ -20,7 +20,7 @@ from kimi_k26.vocabulary_kimi import spelled, split_long_text, write_ranks
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("tokenization_kimi.py", "chat_kimi.py", "token_bytes_kimi.py", "tool_declaration_kimi.py", "vocabulary_kimi.py")
+CODE = "tokenization_kimi.py", "chat_kimi.py", "text_ids_kimi.py", "token_bytes_kimi.py", "tool_declaration_kimi.py", "vocabulary_kimi.py"
 MERGES = ["he", "ll", "hell", "hello", " w", "or", " wor", "ld", " world", "  ", "    ", "aa", "aaaa", "中", "中文"]
 NAMED = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 10: "<|im_system|>"}
 NAMED |= {17: "<|im_middle|>", 22: "<think>", 23: "</think>", 254: "[UNK]", 255: "[PAD]"}
