@@ -14,14 +14,13 @@ import argparse
 import json
 import os
 import statistics
-import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from checkpoints import SIZES, make_checkpoint
-from text import check_device, processor, prompts
+from checkpoints import SIZES
+from running import check_device, ended, find_checkpoint, publish, started
+from text import prompts
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
@@ -90,15 +89,11 @@ def parse(arguments):
 def run(args) -> dict:
     check_device(args.device)
     torch.set_num_threads(args.threads)
-    folder = args.checkpoint or args.work / args.size
-    if not args.checkpoint and not (folder / "config.json").exists():
-        print(f"making {folder}", file=sys.stderr)
-        make_checkpoint(folder, args.size)
+    folder = find_checkpoint(args.checkpoint, args.work, args.size)
     options = {} if args.device == "cpu" else {"device_map": args.device}
     model = KimiK26ForConditionalGeneration.from_pretrained(folder, dtype="bfloat16", **options).eval()
     config = json.loads((folder / "config.json").read_text())
-    results = {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "processor": processor()}
-    results |= {"threads": args.threads, "device": args.device, "load_before": os.getloadavg()[0], "rows": []}
+    results = started(args.device, threads=args.threads, rows=[])
     for context in args.contexts:  # a static cache of another length is another graph
         torch.compiler.reset()
         counter = CompileCounterWithBackend("inductor")
@@ -106,7 +101,7 @@ def run(args) -> dict:
         results["rows"] += measure(model, compiled, config, context, args.steps)
         if counter.frame_count != 1:
             raise RuntimeError(f"{counter.frame_count} graphs were made at {context} tokens of context, one was wanted")
-    return results | {"load_after": os.getloadavg()[0]}
+    return ended(results)
 
 
 def report(results: dict) -> str:
@@ -124,9 +119,7 @@ def report(results: dict) -> str:
 def main(arguments=None) -> int:
     args = parse(arguments)
     results = run(args)
-    print(report(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    publish(args, results, report(results))
     return 0
 
 

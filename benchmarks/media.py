@@ -11,11 +11,9 @@ All run in one process, in turn, round after round; the figures are medians. The
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
 
@@ -25,8 +23,9 @@ import torch
 from av.video.reformatter import VideoReformatter
 from moving import make_video
 from PIL import Image
+from plots import draw_bars
 from report import OURS, beside, machine
-from text import processor
+from running import ended, publish, started
 
 
 HERE = Path(__file__).resolve().parent
@@ -216,8 +215,7 @@ def run(args) -> dict:
     torch.set_num_threads(args.threads)
     if hasattr(os, "sched_setaffinity"):  # FFmpeg takes as many threads as it sees processors
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    results = {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "processor": processor()}
-    results |= {"threads": args.threads, "device": "cpu", "load_before": os.getloadavg()[0], "rows": []}
+    results = started("cpu", threads=args.threads, rows=[])
     modules = {"av": av, "numpy": np, "Pillow": Image, "torch": torch}
     results["versions"] = {name: module.__version__ for name, module in modules.items()}
     path = args.video
@@ -232,20 +230,18 @@ def run(args) -> dict:
         results["rows"] += picture(images, size_of(text), args.rounds, args.threads, copied)
     if path is not None:
         results["rows"] += video(images, path, args.video_rounds, args.threads, copied)
-    return results | {"load_after": os.getloadavg()[0]}
+    return ended(results)
+
+
+def draw(results: dict, path: Path):
+    labels = {OURS: "this project"} | PEERS
+    draw_bars([row | {"label": labels[row["engine"]]} for row in results["rows"]], path)
 
 
 def main(arguments=None) -> int:
     args = parse(arguments)
     results = run(args)
-    print(report(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    if args.plot:
-        from plots import draw_bars
-
-        labels = {OURS: "this project"} | PEERS
-        draw_bars([row | {"label": labels[row["engine"]]} for row in results["rows"]], args.plot)
+    publish(args, results, report(results), draw)
     return 0
 
 

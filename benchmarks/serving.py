@@ -32,14 +32,13 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 
 import psutil
 from PIL import Image, ImageDraw
 
 from report import machine
-from text import processor
+from running import ended, publish, started
 
 HERE = Path(__file__).resolve().parent
 SMALL = HERE.parent / "examples" / "kimi-k26-tiny"
@@ -383,8 +382,7 @@ def run(args) -> dict:
     import torch
     import uvicorn
 
-    results = {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "processor": processor()}
-    results |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "load_before": os.getloadavg()[0]}
+    results = started("cuda" if torch.cuda.is_available() else "cpu")
     results |= {name: getattr(args, name) for name in TYPED} | {"checkpoint": args.checkpoint.name}
     results["versions"] = {"torch": torch.__version__, "fastapi": fastapi.__version__, "uvicorn": uvicorn.__version__}
     asked = [{"max_tokens": args.max_tokens, **body} for body in questions()]
@@ -421,8 +419,7 @@ def run(args) -> dict:
         results["metrics"] = server.get("/metrics")
     finally:
         results["end"] = server.stop()
-    results["load_after"] = os.getloadavg()[0]
-    return results
+    return ended(results)
 
 
 def parse(arguments):
@@ -490,9 +487,7 @@ def report(results: dict) -> str:
 def main(arguments=None) -> int:
     args = parse(arguments)
     results = run(args)
-    print(report(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    publish(args, results, report(results))
     return 0 if sound(results) else 1
 
 

@@ -17,14 +17,14 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
-from checkpoints import SIZES, make_checkpoint, tensors_of
+from checkpoints import SIZES, tensors_of
 from engines import resident
 from mixed_text import make_vocabulary
 from report import machine
-from text import processor, prompts
+from running import ended, find_checkpoint, publish, started
+from text import prompts
 
 
 HERE = Path(__file__).resolve().parent
@@ -137,20 +137,14 @@ def parse(arguments):
 
 def run(args) -> dict:
     """Measure; the result is what goes into the JSON file."""
-    folder, vocabulary = args.checkpoint or args.work / args.size, args.tokenizer or args.work / "vocabulary"
-    if not (folder / "config.json").exists():
-        if args.checkpoint:
-            sys.exit(f"{folder}: no config.json here")
-        make_checkpoint(folder, args.size)
+    folder = find_checkpoint(args.checkpoint, args.work, args.size)
+    vocabulary = (args.tokenizer or args.work / "vocabulary").resolve()
     if not (vocabulary / "tiktoken.model").exists():
         if args.tokenizer:
             sys.exit(f"{vocabulary}: no tiktoken.model here")
         make_vocabulary(vocabulary)
-    folder, vocabulary = folder.resolve(), vocabulary.resolve()
     (prompt,) = prompts(json.loads((folder / "config.json").read_text()), 1, 16)
-    results = {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "processor": processor()}
-    results |= {"threads": args.threads, "device": "cpu", "load_before": os.getloadavg()[0]}
-    results["versions"] = versions()
+    results = started("cpu", threads=args.threads, versions=versions())
     results["checkpoint"] = sum(file.stat().st_size for file in {tensor.file for tensor in tensors_of(folder).values()})
     taken, peaks = {what: [] for what in TIMED}, []
     for number in range(args.rounds):
@@ -166,7 +160,7 @@ def run(args) -> dict:
     median = statistics.median
     results["memory"] = {part: median(peak[part] for peak in peaks) for part in (*PARTS, "tokens")}
     results["memory"]["beyond"] = {what: median(peak["beyond"][what] for peak in peaks) for what in BEYOND}
-    return results | {"load_after": os.getloadavg()[0]}
+    return ended(results)
 
 
 def versions() -> dict[str, str]:
@@ -182,9 +176,7 @@ def main(arguments=None) -> int:
         print(json.dumps(seconds(what, folder) if what else memory(folder, **args.request)))
         return 0
     results = run(args)
-    print(report(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    publish(args, results, report(results))
     return 0
 
 

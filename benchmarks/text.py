@@ -20,11 +20,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 
-from checkpoints import SIZES, make_checkpoint, tensors_of
+from checkpoints import SIZES, tensors_of
+from plots import draw_text
 from report import NAMES, OURS, report
+from running import check_device, ended, find_checkpoint, publish, started
 
 
 HERE = Path(__file__).resolve().parent
@@ -188,14 +189,6 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-def check_device(device: str):
-    if device != "cpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            sys.exit(f"--device {device}: there is no GPU that PyTorch sees")
-
-
 def choose_engines(args) -> list[str]:
     """Those that can run here; says which cannot and why."""
     chosen = []
@@ -215,18 +208,10 @@ def run(args) -> dict:
     names = choose_engines(args)
     if not names:
         sys.exit("no engine is left to measure")
-    folder = args.checkpoint or args.work / args.size
-    if not (folder / "config.json").exists():
-        if args.checkpoint:
-            sys.exit(f"{folder}: no config.json here")
-        print(f"making {folder}", file=sys.stderr)
-        make_checkpoint(folder, args.size)
-    folder = folder.resolve()
+    folder = find_checkpoint(args.checkpoint, args.work, args.size)
     config, tensors = json.loads((folder / "config.json").read_text()), tensors_of(folder)
     args.work.mkdir(parents=True, exist_ok=True)
-    results = {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "processor": processor()}
-    results |= {"threads": args.threads, "device": args.device, "load_before": os.getloadavg()[0]}
-    results |= {"engines": names, "versions": {}, "rows": []}
+    results = started(args.device, threads=args.threads, engines=names, versions={}, rows=[])
     results["weights"] = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("language_model."))
     experts = sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
     with tempfile.TemporaryDirectory(dir=args.work) as made:
@@ -268,28 +253,13 @@ def run(args) -> dict:
     for row in results["rows"]:
         sizes = (row["context"], row["batch"]) if row["what"] == "decode" else (row["context"] * row["batch"],)
         row["limit"] = getattr(limits, row["what"])(*sizes) if limits else float("nan")
-    results["load_after"] = os.getloadavg()[0]
-    return results
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return ended(results)
 
 
 def main(arguments=None) -> int:
     args = parse(arguments)
     results = run(args)
-    print(report(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    if args.plot:
-        from plots import draw_text
-
-        draw_text(results, args.plot)
+    publish(args, results, report(results), draw_text)
     return 0
 
 

@@ -19,12 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 from mixed_text import make_vocabulary, mixed_text
 from report import machine
-from text import processor
+from running import ended, publish, started
 
 
 HERE = Path(__file__).resolve().parent
@@ -157,8 +156,7 @@ def run(args) -> dict:
     from kimi_k26 import TikTokenTokenizer
     from kimi_k26.cli.attach import attach
 
-    results = {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "processor": processor()}
-    results |= {"threads": os.cpu_count(), "device": "cpu", "load_before": os.getloadavg()[0]}
+    results = started("cpu", threads=os.cpu_count())
     results["versions"] = {module.__name__: module.__version__ for module in (tiktoken, transformers)}
     folder = args.tokenizer or args.work / "vocabulary"
     if not args.tokenizer and not (folder / NEEDED[0]).exists():
@@ -175,15 +173,13 @@ def run(args) -> dict:
         results |= {"bytes": len(text.encode()), "ids": len(tokenizer.encode(text)), "ranks": raw.n_vocab - 256}
         results["rows"] = measure(tasks(tokenizer, raw, text), args.rounds, results["bytes"])
         results["loading"] = loading(Path(copied), args.rounds)
-    return results | {"load_after": os.getloadavg()[0]}
+    return ended(results)
 
 
 def main(arguments=None) -> int:
     args = parse(arguments)
     results = run(args)
-    print(report(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    publish(args, results, report(results))
     return 0
 
 

@@ -15,12 +15,13 @@ import json
 import os
 import statistics
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
-from checkpoints import SIZES, make_checkpoint
+from checkpoints import SIZES
+from plots import draw_bars
 from report import NAMES, OURS, beside, machine
-from text import Engine, apart, check_device, processor
+from running import check_device, ended, find_checkpoint, publish, started
+from text import Engine, apart
 
 
 HERE = Path(__file__).resolve().parent
@@ -99,16 +100,11 @@ def parse(arguments):
 
 def run(args) -> dict:
     check_device(args.device)
-    folder = args.work / args.size
-    if not (folder / "config.json").exists():
-        print(f"making {folder}", file=sys.stderr)
-        make_checkpoint(folder, args.size)
+    folder = find_checkpoint(None, args.work, args.size)
     config = json.loads((folder / "config.json").read_text())
-    results = {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "processor": processor()}
-    results |= {"threads": args.threads, "device": args.device, "load_before": os.getloadavg()[0]}
-    results |= {"engines": args.engines, "versions": {}, "memory": []}
+    results = started(args.device, threads=args.threads, engines=args.engines, versions={}, memory=[])
     pythons = {OURS: sys.executable, "transformers": args.transformers_python}
-    engines = [Engine(name, pythons[name], folder.resolve(), args) for name in args.engines]
+    engines = [Engine(name, pythons[name], folder, args) for name in args.engines]
     try:
         for engine in engines:
             results["versions"] |= engine.ask("load")["versions"]
@@ -127,22 +123,19 @@ def run(args) -> dict:
             engine.__exit__()
     for row in results["time"]:
         row["limit"] = operations(config, args.grid[0] * args.grid[1]) / results["machine"]["flops"]
-    return results | {"load_after": os.getloadavg()[0]}
+    return ended(results)
+
+
+def draw(results: dict, path: Path):
+    rows = [row | {"what": "MoonViT, a picture"} for row in results["time"]]
+    rows += ({"what": "peak memory above weights", "unit": "MiB", "median": row["bytes"], **row} for row in results["memory"])
+    draw_bars([row | {"label": NAMES[row["engine"]]} for row in rows], path)
 
 
 def main(arguments=None) -> int:
     args = parse(arguments)
     results = run(args)
-    print(report(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    if args.plot:
-        from plots import draw_bars
-
-        rows = [row | {"what": "MoonViT, a picture"} for row in results["time"]]
-        for row in results["memory"]:
-            rows.append({"what": "peak memory above weights", "unit": "MiB", "median": row["bytes"], **row})
-        draw_bars([row | {"label": NAMES[row["engine"]]} for row in rows], args.plot)
+    publish(args, results, report(results), draw)
     return 0
 
 
