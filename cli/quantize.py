@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
