@@ -1,6 +1,8 @@
 """A decode step as an operation of PyTorch's compiled graphs, without Python in between."""
 
-GRAPHS = r"""
+VERSION = 2 << 56 | 13 << 48  # of PyTorch, whose ways with values these are
+
+GRAPHS = f"static const uint64_t VERSION = {VERSION};" + r"""
 // ---------------------------------------------------------------------------------------- steps in compiled graphs
 
 typedef uint64_t Value;  // a number; the handle of a tensor or a list; an optional one: null, or the address of its value
@@ -22,7 +24,6 @@ static struct Torch {
     const char* (*what)();  // went wrong last
 } torch_;
 enum { BFLOAT16 = 15, FLOAT32 = 6 };  // dtypes, as PyTorch numbers them
-static const uint64_t VERSION = 2ull << 56 | 13ull << 48;  // of PyTorch, whose ways with values these are
 
 struct Seen {  // a tensor that somebody else holds
     char* at;

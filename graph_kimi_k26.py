@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from .compiling_kimi_k26 import address, i64
 from .decoding_kimi_k26 import NativeDecoder, count_tokens, decoder_of, fits, serves_step
+from .graph_kernels_kimi_k26 import VERSION
 from .native_kimi_k26 import fields, library
 
 
@@ -28,7 +29,6 @@ INTERFACE = """
     torch_get_num_threads torch_call_dispatcher torch_exception_get_what_without_backtrace
 """.split()
 _FILE = __file__.encode()  # PyTorch keeps its address
-VERSION = 2 << 56 | 13 << 48  # `VERSION` of the source
 
 _models: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _watched: weakref.WeakSet = weakref.WeakSet()  # decoders whose end makes no graph ready any more
