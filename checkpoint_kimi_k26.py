@@ -410,7 +410,7 @@ class Checkpoint:
         """
         expected, shapes, dtypes = set(), defaultdict(list), defaultdict(list)
         for prefix, module in model.named_modules():
-            kept = getattr(module, "kept", ())
+            kept = getattr(module, "kept", {})
             for key, parameter in module._parameters.items():
                 if parameter is None:
                     continue

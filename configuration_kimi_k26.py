@@ -396,6 +396,11 @@ class KimiK26VisionConfig(_PublishedConfig):
         self._require(values["mm_hidden_size"] == hidden, "mm_hidden_size", f"vt_hidden_size ({hidden})", values["mm_hidden_size"])
 
 
+def _of_text(name: str) -> property:
+    """What is the text decoder's, under the same name of the whole."""
+    return property(lambda self: getattr(self.text_config, name), lambda self, value: setattr(self.text_config, name, value))
+
+
 class KimiK26Config(_PublishedConfig):
     """The published `config.json`: a text decoder, and a vision tower unless `vision_config` is absent or null.
 
@@ -487,18 +492,7 @@ class KimiK26Config(_PublishedConfig):
         written.setdefault("transformers_version", __version__)
         return written
 
-    @property
-    def max_position_embeddings(self) -> int:
-        return self.text_config.max_position_embeddings
-
-    @property
-    def vocab_size(self) -> int:
-        return self.text_config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        return self.text_config.hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.text_config.num_hidden_layers
+    max_position_embeddings = _of_text("max_position_embeddings")
+    vocab_size = _of_text("vocab_size")
+    hidden_size = _of_text("hidden_size")
+    num_hidden_layers = _of_text("num_hidden_layers")

@@ -64,7 +64,7 @@ class KimiK26Router(KeepDtype):
     above 1 only the `topk_group` groups with the largest sum of their two best choices take part.
     """
 
-    kept = ("e_score_correction_bias",)
+    kept = {"e_score_correction_bias": torch.float32}
 
     def __init__(self, config: KimiK26TextConfig):
         super().__init__()
@@ -231,7 +231,7 @@ class KimiK26Experts(nn.ModuleList):
         for part in parts[1:]:
             total = total + part.to(x.device, non_blocking=on_accelerator)
         if self.peers is not None:
-            total = self.peers.sum(total)
+            total = self.peers.sum(total, x, weights)
         total = total.to(dtype or x.dtype)
         return total if every is None else total + every
 

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.generation import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file, logging
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from .checkpoint_kimi_k26 import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError
 from .configuration_kimi_k26 import KimiK26Config
@@ -33,15 +34,38 @@ except ImportError:  # transformers 4
 
 logger = logging.get_logger(__name__)
 
-# Arguments of `from_pretrained` that change nothing about a folder whose weights are mapped into main memory.
+# Arguments of `from_pretrained` that say where the Hub has the files, and where they go to.
+OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+# Those that change nothing about a folder whose weights are mapped into main memory.
 SAYS_NOTHING_HERE = {
-    *("trust_remote_code", "code_revision", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies"),
+    *("trust_remote_code", "code_revision", "subfolder", *OF_THE_HUB),
     *("low_cpu_mem_usage", "use_safetensors", "weights_only", "offload_folder", "offload_state_dict", "offload_buffers"),
     *("adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"),
 }
 
 
-def maps_into_memory(folder, model_args, kwargs) -> bool:
+def find_folder(name, kwargs: dict) -> Optional[Path]:
+    """The folder that `from_pretrained` is asked for: one that is there, or that of a repository in the Hub's cache, which its files
+    are downloaded to first. `None` for none with safetensors files, or without a config."""
+    subfolder = kwargs.get("subfolder") or ""
+    if name is None or os.path.isdir(name):
+        return None if name is None else Path(name, subfolder)
+    if kwargs.get("use_safetensors") is False or kwargs.get("variant") or kwargs.get("gguf_file") or kwargs.get("state_dict"):
+        return None
+    where = {key: kwargs[key] for key in OF_THE_HUB if kwargs.get(key) is not None} | {"subfolder": subfolder}
+    try:
+        found = {file: cached_file(name, file, _raise_exceptions_for_missing_entries=False, **where) for file in (CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_FILE)}
+        weights = found[INDEX_FILE] or cached_file(name, SINGLE_FILE, _raise_exceptions_for_missing_entries=False, **where)
+        if weights is None or found[CONFIG_NAME] is None:
+            return None
+        if found[INDEX_FILE]:
+            get_checkpoint_shard_files(name, found[INDEX_FILE], **where)
+    except OSError:  # what the library says of it, too
+        return None
+    return Path(weights).parent
+
+
+def maps_into_memory(folder: Optional[Path], model_args, kwargs) -> bool:
     """Whether a call of `from_pretrained` asks for no more than a folder's safetensors files in main memory, or dealt
     to accelerators from there."""
     known = {"config", "dtype", "device_map", "output_loading_info", "attn_implementation", "max_memory"}
@@ -51,7 +75,6 @@ def maps_into_memory(folder, model_args, kwargs) -> bool:
     if not torch.accelerator.is_available() or max_memory is not None and set(max_memory) <= set(OFFLOADED):
         on_cpu += STRATEGIES
     in_memory = device_map in on_cpu or _spreads(device_map, max_memory)
-    folder = Path(folder) if folder is not None and os.path.isdir(folder) else None
     return (
         not model_args
         and set(kwargs) <= known
@@ -59,7 +82,6 @@ def maps_into_memory(folder, model_args, kwargs) -> bool:
         and torch.get_default_device().type == "cpu"
         and folder is not None
         and kwargs.get("use_safetensors") is not False
-        and not isinstance(kwargs["dtype"], dict)
         and set(kwargs.get("adapter_kwargs") or ()) <= {"token", "revision"}  # of an adapter's files, which are not there
         and not (folder / "adapter_config.json").exists()
         and any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE))
@@ -67,12 +89,13 @@ def maps_into_memory(folder, model_args, kwargs) -> bool:
     )
 
 
-def load_mapped(cls, folder, expert_budget, kwargs: dict):
+def load_mapped(cls, folder: Path, name, expert_budget, kwargs: dict):
     """What `cls.from_pretrained` gives where [`maps_into_memory`] says yes: the model, or also the library's report.
 
     Args:
         cls: the class of the model.
-        folder (`str` or `os.PathLike`): the checkpoint.
+        folder (`Path`): the checkpoint.
+        name (`str` or `os.PathLike`): what the caller calls it.
         expert_budget (`int` or `str`, *optional*), kwargs (`dict`): of `from_pretrained`.
 
     Raises:
@@ -89,7 +112,7 @@ def load_mapped(cls, folder, expert_budget, kwargs: dict):
         source = folder if config is None else config
         config, kwargs = KimiK26Config.from_pretrained(source, return_unused_kwargs=True, **kwargs)
     config = copy.deepcopy(config)
-    config.name_or_path = str(folder)
+    config.name_or_path = str(name)
     if attention is not None:
         config._attn_implementation = attention
     checkpoint, own = Checkpoint(folder), _own_config(folder)
@@ -137,13 +160,46 @@ def _trim_heap():
         trim(0)
 
 
-def refuse_damage(cls, folder, kwargs):
+def as_bytes(size, name: str) -> int:
+    """A number of bytes, or such as `"8GiB"`, as bytes.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    try:
+        return int(size) if isinstance(size, (int, float)) else convert_file_size_to_int(size)
+    except (ValueError, OverflowError, AttributeError, TypeError) as error:
+        raise ValueError(f"{name} must be a number of bytes, or such as '8GiB', not {size!r}") from error
+
+
+def check_arguments(kwargs: dict):
+    """Arguments of `from_pretrained` that could not be what the caller means.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if isinstance(kwargs["dtype"], dict):
+        raise TypeError(f"dtype must be one for the whole model, not {kwargs['dtype']!r}")
+    own = {key for key in kwargs if key in KimiK26Config.fields or hasattr(KimiK26Config, key)} | {"quantization_config"}
+    for key in ({*KimiK26Config.sub_configs["text_config"].fields, "use_cache"} & kwargs.keys()) - own:
+        raise TypeError(f"{key} is one of text_config's: load the config, set config.text_config.{key}, and give it as config=")
+
+
+def pass_over_quantization(kwargs: dict):
+    """Words of INT4 are read as the folder's own config says: the library would take it for another one and refuse the folder."""
+    given = kwargs.get("quantization_config")
+    method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+    if getattr(method, "value", method) == "compressed-tensors":
+        logger.warning("quantization_config is passed over: experts are read as the folder's own config says")
+        del kwargs["quantization_config"]
+
+
+def refuse_damage(cls, folder: Optional[Path], kwargs):
     """Judge a folder that the library is to load, which itself makes up what is missing.
 
     Left out where the caller asks for other files, another config, or for mismatches to be ignored.
     """
-    other = ("state_dict", "subfolder", "variant", "gguf_file", "ignore_mismatched_sizes", "text_config", "vision_config")
-    folder = Path(folder) if folder is not None and os.path.isdir(folder) else None
+    other = ("state_dict", "variant", "gguf_file", "key_mapping", "ignore_mismatched_sizes", "text_config", "vision_config")
     if folder is None or any(kwargs.get(key) for key in other) or kwargs.get("use_safetensors") is False:
         return
     if not any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
@@ -206,7 +262,7 @@ def _placement(model, device_map, max_memory, expert_budget) -> Placement:
     else:  # other devices are not to be used
         used = {as_device(place) for place in device_map.values()}
         amounts = {place: amount for place, amount in amounts.items() if as_device(place) in used}
-    budget = None if expert_budget is None else convert_file_size_to_int(expert_budget)
+    budget = None if expert_budget is None else as_bytes(expert_budget, "expert_budget")
     return Placement.of(device_map, sizes, amounts, budget)
 
 

@@ -5,7 +5,6 @@ from typing import Optional, Union
 
 import psutil
 import torch
-from accelerate.utils import convert_file_size_to_int
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -16,7 +15,16 @@ from .attention_kimi_k26 import KimiK26RMSNorm
 from .configuration_kimi_k26 import KimiK26Config
 from .decoding_kimi_k26 import head_for, output_layer
 from .experts_kimi_k26 import KimiK26Router
-from .loading_kimi_k26 import load_mapped, maps_into_memory, read_from_disk_as_stored, refuse_damage
+from .loading_kimi_k26 import (
+    as_bytes,
+    check_arguments,
+    find_folder,
+    load_mapped,
+    maps_into_memory,
+    pass_over_quantization,
+    read_from_disk_as_stored,
+    refuse_damage,
+)
 from .memory_kimi_k26 import release, unsettle
 from .parallel_kimi_k26 import OF_EXPERTS, as_the_library_takes_it, gather, split_plan
 from .placement_kimi_k26 import FREE_IN_MAIN_MEMORY
@@ -132,6 +140,9 @@ class KimiK26PreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """The library's `save_pretrained`. A model that is split over processes is gathered in the memory of the first,
         which writes it; all must call this."""
+        for module in self.modules():
+            if isinstance(module, KeepDtype):
+                module.restore_dtypes()
         if self.peers is None:
             return super().save_pretrained(save_directory, *args, **kwargs)
         weights = gather(self)
@@ -147,6 +158,18 @@ class KimiK26PreTrainedModel(PreTrainedModel):
             if isinstance(module, KeepDtype):
                 for name in module.kept:
                     getattr(module, name).requires_grad_(False)
+
+    def enable_input_require_grads(self):
+        """Let gradients reach adapters in checkpointed layers whose own weights are frozen: those of the vision tower, too."""
+        super().enable_input_require_grads()
+        if self.vision_tower is not None and "_vision_grads_hook" not in self.__dict__:
+            embed = self.vision_tower.patch_embed
+            self._vision_grads_hook = embed.register_forward_hook(lambda module, args, patches: patches.requires_grad_(True))
+
+    def disable_input_require_grads(self):
+        super().disable_input_require_grads()
+        if hook := self.__dict__.pop("_vision_grads_hook", None):
+            hook.remove()
 
     def requires_grad_(self, requires_grad: bool = True):
         """As on any module; INT4 words, their scales and the router's correction bias stay frozen."""
@@ -179,20 +202,24 @@ class KimiK26PreTrainedModel(PreTrainedModel):
         Raises:
             CheckpointError: listing every tensor and file that is damaged or does not fit the config.
             ValueError: for a device map that leaves out a part of the model, or names one that there is not.
+            TypeError: for an argument that is one of `config.text_config`, or a dtype for a part.
         """
         if "dtype" not in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype", None) or "auto"
         expert_budget, kwargs = kwargs.pop("expert_budget", None), as_the_library_takes_it(kwargs)
-        if maps_into_memory(pretrained_model_name_or_path, model_args, kwargs):
+        check_arguments(kwargs)
+        pass_over_quantization(kwargs)
+        folder = find_folder(pretrained_model_name_or_path, kwargs)
+        if maps_into_memory(folder, model_args, kwargs):
             with torch.inference_mode(False):  # parameters that were made in it could not be followed
-                return load_mapped(cls, pretrained_model_name_or_path, expert_budget, kwargs)
-        refuse_damage(cls, pretrained_model_name_or_path, kwargs)
+                return load_mapped(cls, folder, pretrained_model_name_or_path, expert_budget, kwargs)
+        refuse_damage(cls, folder, kwargs)
         result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         model.freeze_packed()  # transformers 5 makes every floating-point parameter trainable
         read_from_disk_as_stored(model)
         if expert_budget is not None:
-            model.expert_store.budget = convert_file_size_to_int(expert_budget)
+            model.expert_store.budget = as_bytes(expert_budget, "expert_budget")
         return result
 
 
@@ -226,7 +253,7 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         others = sum(p.nbytes for p in self.parameters()) - experts
         if memory is None:
             memory = int(psutil.virtual_memory().available * FREE_IN_MAIN_MEMORY)
-        memory = convert_file_size_to_int(memory)
+        memory = as_bytes(memory, 'max_memory["cpu"]')
         streams = others > memory
         self.language_model.model.streams = streams
         if streams:
@@ -234,7 +261,7 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         self.expert_store.clear()
         self.expert_store.total = experts
         rest = memory // 2 if streams else memory - others
-        self.expert_store.budget = rest if expert_budget is None else convert_file_size_to_int(expert_budget)
+        self.expert_store.budget = rest if expert_budget is None else as_bytes(expert_budget, "expert_budget")
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens

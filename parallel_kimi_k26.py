@@ -38,40 +38,43 @@ class Peers:
         """The process that has one of `count` things."""
         return ((number + 1) * self.size - 1) // count
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of all processes' `x`, in each of them."""
-        return _Sum.apply(x, self.group)
+    def sum(self, x: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        """The sum of all processes' `x`, in each of them. `sources` are what `sum_gradients` gave for it: a process whose part is
+        made of none of them still takes part in adding up their gradients."""
+        return _Sum.apply(self.group, x, *sources)
 
     def sum_gradients(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors, which all processes have alike, and each uses for a part of the result: gradients are added up."""
         if not torch.is_grad_enabled():
             return tensors
-        return tuple(_SumGradients.apply(tensor, self.group) for tensor in tensors)
+        return _SumGradients.apply(self.group, *tensors)
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx, group, x, *sources):
+        ctx.sources = len(sources)
         x = x.contiguous().clone()
         distributed.all_reduce(x, group=group)
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return None, grad, *[None] * ctx.sources
 
 
 class _SumGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx, group, *tensors):
         ctx.group = group
-        return x.view_as(x)
+        return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        distributed.all_reduce(grad, group=ctx.group)
-        return grad, None
+    def backward(ctx, *grads):  # zeros where there is none
+        grads = [grad.contiguous().clone() for grad in grads]
+        for grad in grads:
+            distributed.all_reduce(grad, group=ctx.group)
+        return None, *grads
 
 
 class _SplitsItself(TensorParallelLayer):
@@ -123,6 +126,8 @@ def check_split(text_config, size: int):
     for name, width in widths.items():
         if width and width % size:
             raise ValueError(f"{name} ({width}) cannot be shared by {size} processes: it is no multiple of {size}")
+    if 0 < (text_config.n_routed_experts or 0) < size:
+        raise ValueError(f"n_routed_experts ({text_config.n_routed_experts}) cannot be shared by {size} processes: some would have none")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -216,7 +216,7 @@ def is_of_experts(device_map) -> bool:
     """Whether a device map is at the grain of experts, with accelerators among its places."""
     if not isinstance(device_map, dict) or not any(OF_AN_EXPERT.search(name) for name in device_map):
         return False
-    return any(str(device) not in OFFLOADED for device in device_map.values())
+    return any(place not in OFFLOADED and as_device(place).type != "cpu" for place in device_map.values())
 
 
 def memory(model: nn.Module, given: Optional[dict] = None) -> dict[Device, int]:
@@ -240,10 +240,20 @@ def memory(model: nn.Module, given: Optional[dict] = None) -> dict[Device, int]:
 
 
 def as_device(place: Device) -> torch.device:
-    """What a device map calls a device; numbers count the accelerators, and `"disk"` is main memory, mapped."""
+    """What a device map calls a device; numbers count the accelerators, and `"disk"` is main memory, mapped.
+
+    Raises:
+        ValueError: there is no accelerator, or the place is none for weights.
+    """
+    accelerator = torch.accelerator.current_accelerator()
     if isinstance(place, int):
-        return torch.device(torch.accelerator.current_accelerator().type, place)
-    return torch.device("cpu" if place == "disk" else place)
+        if accelerator is None:
+            raise ValueError(f"device_map has the place {place}, and there is no accelerator")
+        return torch.device(accelerator.type, place)
+    device = torch.device("cpu" if place == "disk" else place)
+    if device.type == "meta":
+        raise ValueError("device_map has the place 'meta', where there are no values")
+    return device
 
 
 def check_map(device_map: dict[str, Device], sizes: Sizes) -> dict[str, Device]:

@@ -51,18 +51,19 @@ def pack_int4(values: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize_int4(words: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight that words and scales stand for: `value * scale`, rounded to the dtype of the scale.
+    """The weight that words and scales stand for: `value * scale`, rounded to bfloat16, which scales are stored in.
 
     That rounding is part of the format: the checkpoint stands for bfloat16 weights, whatever they are multiplied in.
 
     Args:
         words (`torch.Tensor` of shape `(outputs, inputs / 8)`, int32).
-        scale (`torch.Tensor` of shape `(outputs, groups)`, floating point).
+        scale (`torch.Tensor` of shape `(outputs, groups)`): bfloat16 values, whatever dtype somebody cast them to.
         dtype (`torch.dtype`): of the result.
 
     Returns:
         `torch.Tensor` of shape `(outputs, inputs)`.
     """
+    scale = scale.to(torch.bfloat16)
     grouped = unpack_int4(words).to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))  # (outputs, groups, group size)
     return grouped.mul_(scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
@@ -144,16 +145,23 @@ class CpuInt4:
 class KeepDtype(nn.Module):
     """A module of which the parameters named in `kept` stay in their checkpoint's dtype when the model is cast."""
 
-    kept: tuple[str, ...] = ()
+    kept: dict[str, torch.dtype] = {}
 
     def _apply(self, fn, recurse=True):
         before = {name: getattr(self, name).data for name in self.kept}
         super()._apply(fn, recurse)
-        for name, old in before.items():
+        for name, dtype in self.kept.items():
             parameter = getattr(self, name)
-            if parameter.dtype != old.dtype:
-                parameter.data = old.to(parameter.device)
+            if parameter.dtype != dtype:
+                parameter.data = before[name].to(parameter.device, dtype)
         return self
+
+    def restore_dtypes(self):
+        """Undo what others do to parameters one by one, as `peft.prepare_model_for_kbit_training` does."""
+        for name, dtype in self.kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
 
 class KimiK26Int4Linear(KeepDtype):
@@ -168,7 +176,7 @@ class KimiK26Int4Linear(KeepDtype):
         bfloat16, weight_shape `(2,)` int32 = out_features, in_features.
     """
 
-    kept = ("weight_scale",)
+    kept = {"weight_scale": torch.bfloat16}
 
     def __init__(self, in_features: int, out_features: int, group_size: int):
         super().__init__()

@@ -10,6 +10,7 @@ import torch
 from torch import distributed
 
 from kimi_k26 import KimiK26ForConditionalGeneration
+from kimi_k26.experts_kimi_k26 import KimiK26Router
 from kimi_k26.parallel_kimi_k26 import local
 from kimi_k26.tests.tiny_models import media_prompt, words
 
@@ -43,14 +44,21 @@ def answers(model) -> dict[str, torch.Tensor]:
     }
 
 
-def gradients(model) -> dict[str, torch.Tensor]:
-    """Of a loss, for what every process has whole, and for the experts that it has."""
+def gradients(model, few_experts: bool = False) -> dict[str, torch.Tensor]:
+    """Of a loss, for what every process has whole, and for the experts that it has; `few_experts`: all words go to the first ones, which
+    one process has."""
     ids = words(2, 7, seed=5)
+    routers = [module for module in model.modules() if isinstance(module, KimiK26Router)]
+    biases = [router.e_score_correction_bias.clone() for router in routers]
+    for router in routers:
+        router.e_score_correction_bias[: router.top_k * few_experts] += 100
     model.train()
     model(input_ids=ids, labels=ids).loss.backward()
     found = {n: local(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     model.eval()
+    for router, bias in zip(routers, biases):
+        router.e_score_correction_bias.copy_(bias)
     return found
 
 
@@ -60,6 +68,7 @@ def main(golden: Path, out: Path):
         model = KimiK26ForConditionalGeneration.from_pretrained(golden / name, tp_plan="auto")
         written[name] = answers(model)
         written[f"{name} gradients"] = gradients(model)
+        written[f"{name} gradients of few experts"] = gradients(model, few_experts=True)
         written[f"{name} shapes"] = {n: tuple(local(p).shape) for n, p in model.named_parameters()}
         written[f"{name} plan"] = dict(model.tp_plan)
         model.save_pretrained(out / name, max_shard_size="1MB")

@@ -116,6 +116,31 @@ def test_merged_and_saved_it_is_a_checkpoint_as_any_other(tiny_checkpoint, tmp_p
     assert torch.equal(again.get_parameter(name), load(tiny_checkpoint).get_parameter(name))
 
 
+def test_prepared_as_peft_prepares_a_quantized_base(tiny_checkpoint, tmp_path):
+    """It casts what is not packed to float32, scales among it: the weights they stand for, and what is saved, stay the same."""
+    base, ids = load(tiny_checkpoint), words(1, 12)
+    before = logits_of(base, ids)
+    prepared = peft.prepare_model_for_kbit_training(base)
+    assert torch.equal(logits_of(prepared, ids), before)
+    adapted(prepared, TEXT).merge_and_unload().bfloat16().save_pretrained(tmp_path)
+    again = KimiK26ForConditionalGeneration.from_pretrained(tmp_path)
+    name = "language_model.model.layers.1.mlp.experts.3.up_proj.weight_scale"
+    assert torch.equal(again.get_parameter(name), load(tiny_checkpoint).get_parameter(name))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_reach_the_vision_tower_through_recomputed_layers(reentrant):
+    model = make_model(quantized=True)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    wrapped = adapted(model, ["wqkv", "wo", "q_b_proj"]).train()
+    ids, pixels, grids = media_prompt()
+    wrapped(input_ids=ids, pixel_values=pixels, grid_thws=grids, labels=ids).loss.backward()
+    without = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    assert any("vision_tower" in name for name, _ in wrapped.named_parameters()) and not without
+    model.disable_input_require_grads()
+    assert not model.vision_tower.patch_embed._forward_hooks
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointing", "reentrant"])
 def test_trainer_teaches_an_adapter(checkpointing, dtype, tiny_checkpoint, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kimi_k26
-from kimi_k26.quantization_kimi_k26 import dequantize_int4, quantize_int4
+from kimi_k26.quantization_kimi_k26 import quantize_int4, unpack_int4
 
 pytestmark = pytest.mark.once
 
@@ -113,7 +113,7 @@ def test_words_become_blocks_of_the_same_values(group, monkeypatch):
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     words, scale = quantize_int4(weight, group)
     blocks = gguf_file.q4_0(words.numpy().view(np.uint32), scale.float().numpy())
-    expected = dequantize_int4(words, scale.float(), torch.float32)
+    expected = unpack_int4(words).float() * scale.float().repeat_interleave(group, dim=1)
     assert np.array_equal(from_q4_0(blocks, 128), expected.numpy())
 
 

@@ -1,10 +1,13 @@
 """What commands load: one function, whichever of them asks."""
 
 import importlib
+import json
+import shutil
 
 import pytest
 import torch
 from accelerate import utils
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from kimi_k26 import KimiK26Config, KimiK26ForConditionalGeneration
@@ -115,3 +118,64 @@ def test_commands_hand_on_their_options(command, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main([command, str(tmp_path), "--threads", "0"])
     assert "--threads" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["the Hub", "a subfolder"])
+def test_files_that_are_elsewhere(tiny_checkpoint, where, tmp_path):
+    """They are mapped, bounded and judged as those of a folder are."""
+    if where == "the Hub":
+        name, options, repository = "org/tiny", {"cache_dir": str(tmp_path), "local_files_only": True}, tmp_path / "models--org--tiny"
+        folder = repository / "snapshots" / ("a" * 40)
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+    else:
+        name, options, folder = str(tmp_path), {"subfolder": "inside"}, tmp_path / "inside"
+    shutil.copytree(tiny_checkpoint, folder)
+    model = KimiK26ForConditionalGeneration.from_pretrained(name, max_memory={"cpu": "500KB"}, **options)
+    assert hasattr(model.language_model.lm_head.weight, "as_in_file") and model.language_model.model.streams
+    assert model.name_or_path == name and model.generation_config.eos_token_id is not None
+    whole = KimiK26ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    ids = torch.arange(9)[None]
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"].pop("language_model.lm_head.weight")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    state = load_file(shard)
+    del state["language_model.lm_head.weight"]
+    save_file(state, shard, metadata={"format": "pt"})
+    for others in ({}, {"device_map": {"": "cpu"}, "offload_state_dict": False}, {"ignore_mismatched_sizes": False}):
+        with pytest.raises(CheckpointError, match="lm_head.weight: is missing"):
+            KimiK26ForConditionalGeneration.from_pretrained(name, **options, **others)
+
+
+def test_a_repository_that_is_not_there(tmp_path):
+    with pytest.raises(OSError, match="connect"):
+        KimiK26ForConditionalGeneration.from_pretrained("org/none", cache_dir=str(tmp_path), local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"use_cache": False}, TypeError, "use_cache is one of text_config's"),
+        ({"num_experts_per_tok": 2}, TypeError, "num_experts_per_tok"),
+        ({"dtype": {"": "bfloat16", "vision_config": "float32"}}, TypeError, "dtype must be one"),
+        ({"expert_budget": "some"}, ValueError, "expert_budget must be a number of bytes"),
+        ({"expert_budget": float("inf")}, ValueError, "expert_budget"),
+        ({"max_memory": {"cpu": "a lot"}}, ValueError, "max_memory"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(tiny_checkpoint, options, error, match):
+    with pytest.raises(error, match=match):
+        KimiK26ForConditionalGeneration.from_pretrained(tiny_checkpoint, **options)
+
+
+def test_arguments_that_are_heard(tiny_checkpoint, tmp_path):
+    load = KimiK26ForConditionalGeneration.from_pretrained
+    assert load(tiny_checkpoint, expert_budget=1.5e6).expert_store.budget == 1_500_000
+    assert load(tiny_checkpoint, max_position_embeddings=64).config.text_config.max_position_embeddings == 64
+    model = load(tiny_checkpoint, quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized"})
+    shutil.copy(tiny_checkpoint / "config.json", tmp_path)
+    state = {f"other.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    renamed = load(tmp_path, key_mapping={r"^other\.": ""})
+    assert all(torch.equal(tensor, state[f"other.{name}"]) for name, tensor in renamed.state_dict().items())

@@ -65,12 +65,13 @@ def test_two_processes_say_what_one_says(together, alone, name):
         assert torch.equal(together.written[0][name][kind], together.written[1][name][kind])
 
 
+@pytest.mark.parametrize("few_experts", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_of_two_processes(together, alone, name):
-    expected = gradients(alone[name])
+def test_gradients_of_two_processes(together, alone, name, few_experts):
+    expected = gradients(alone[name], few_experts)
     seen = set()
     for written in together.written:
-        for parameter, gradient in written[f"{name} gradients"].items():
+        for parameter, gradient in written[f"{name} gradients" + " of few experts" * few_experts].items():
             wanted = expected[parameter]
             if gradient.shape == wanted.shape:  # else a part of it
                 torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6, msg=lambda m: f"{parameter}: {m}")
@@ -154,6 +155,7 @@ def test_every_thing_has_one_owner(size, count):
         ({}, 3, r"num_attention_heads \(4\) cannot be shared by 3 processes"),
         ({"intermediate_size": 50}, 4, r"intermediate_size \(50\)"),
         ({"vocab_size": 102}, 4, r"vocab_size \(102\)"),
+        ({"n_routed_experts": 2, "num_experts_per_tok": 1}, 4, r"n_routed_experts \(2\)"),
         ({"moe_intermediate_size": 18, "n_shared_experts": 1}, 4, r"moe_intermediate_size times n_shared_experts \(18\)"),
     ],
 )
