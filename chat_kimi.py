@@ -203,7 +203,7 @@ def check_messages(conversation) -> list:
 
     Raises:
         TypeError: a message or a tool call is no dict, or a role no string; names its index, and in a batch the conversation's.
-        ValueError: there is no message.
+        ValueError: there is no message; names the conversation.
     """
     conversation = getattr(conversation, "messages", conversation)
     if not isinstance(conversation, (list, tuple)):
@@ -216,6 +216,8 @@ def check_messages(conversation) -> list:
         batch = f"conversations[{c}]" * is_batch
         if not isinstance(messages, (list, tuple)):
             raise TypeError(f"{batch} must be a list of messages, not {describe(messages)}")
+        if not messages:
+            raise ValueError(f"{batch} is empty; give at least one message")
         for m, message in enumerate(messages):
             place = f"{batch}.messages[{m}]".lstrip(".")
             if not hasattr(message, "get"):

@@ -91,11 +91,14 @@ def read_json(text: bytes) -> dict:
 
 def names_twice(content) -> list[str]:
     """The names that objects inside the result of [`read_json`] have more than once; they are taken out of it."""
-    if isinstance(content, list):
-        return [name for part in content for name in names_twice(part)]
-    if not isinstance(content, dict):
-        return []
-    return content.pop(_TWICE, []) + [name for part in content.values() for name in names_twice(part)]
+    found, parts = [], [content]
+    for part in parts:  # which grow
+        if isinstance(part, dict):
+            found += part.pop(_TWICE, [])
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    return found
 
 
 def _together(names: Iterable[str]) -> Iterator[tuple[str, str]]:

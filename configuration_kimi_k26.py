@@ -17,14 +17,15 @@ def _is_int(value) -> bool:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 # A rule is (predicate, what is allowed, in words).
-POSITIVE_INT = (lambda v: _is_int(v) and v > 0, "a positive integer")
-COUNT = (lambda v: _is_int(v) and v >= 0, "an integer of at least 0")
-COUNT_OR_NONE = (lambda v: v is None or _is_int(v) and v >= 0, "an integer of at least 0, or null")
-POSITIVE_INT_OR_NONE = (lambda v: v is None or _is_int(v) and v > 0, "a positive integer, or null")
+MOST = 2**31  # of what is counted
+POSITIVE_INT = (lambda v: _is_int(v) and 0 < v < MOST, "a positive integer")
+COUNT = (lambda v: _is_int(v) and 0 <= v < MOST, "an integer of at least 0")
+COUNT_OR_NONE = (lambda v: v is None or COUNT[0](v), "an integer of at least 0, or null")
+POSITIVE_INT_OR_NONE = (lambda v: v is None or POSITIVE_INT[0](v), "a positive integer, or null")
 POSITIVE_NUMBER = (lambda v: _is_number(v) and v > 0, "a positive number")
 NUMBER_FROM_0 = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
 PROBABILITY = (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
@@ -46,7 +47,7 @@ DTYPE = (
     "the name of a torch dtype, such as 'bfloat16'",
 )
 KERNEL = (
-    lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(_is_int(i) and i > 0 for i in v),
+    lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(map(POSITIVE_INT[0], v)),
     "two positive integers (rows, columns)",
 )
 
@@ -224,7 +225,7 @@ class KimiK26TextConfig(_PublishedConfig):
         "bos_token_id": (163584, TOKEN_ID),
         "eos_token_id": (163586, TOKEN_IDS),
         "tie_word_embeddings": (False, one_of(False)),
-        "rope_theta": (50000.0, POSITIVE_NUMBER),
+        "rope_theta": (50000.0, (lambda v: _is_number(v) and 1 < v < 1e18, "a number above 1")),
         "rope_scaling": (
             {
                 "type": "yarn",
@@ -277,10 +278,10 @@ class KimiK26TextConfig(_PublishedConfig):
         keys = {"yarn": ("factor", "original_max_position_embeddings"), "linear": ("factor",), "default": ()}[kind]
         for key in keys:
             value = rope.get(key)
-            self._require(_is_number(value) and value > 0, f"rope_scaling.{key}", "a positive number", value)
+            self._require(_is_number(value) and 0 < value < 1e9, f"rope_scaling.{key}", "a positive number", value)
         for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
             value = rope.get(key, 1.0)
-            self._require(_is_number(value) and value >= 0, f"rope_scaling.{key}", "a number of at least 0", value)
+            self._require(_is_number(value) and 0 <= value < 1e9, f"rope_scaling.{key}", "a number of at least 0", value)
 
     def _check_quantization(self, block, values):
         need, name = self._require, "quantization_config"

@@ -43,7 +43,7 @@ static void gate_up(const Expert& e, i64 from, i64 to, const bf16* const* x, i64
 // Each thread's own memory for the products of up to `rows` rows.
 struct Bench {
     const bf16** x; bf16** inner; float** sum; float *factor, *gate;
-    static void layout(Bench* benches, i64 threads, i64 rows) {
+    static void layout(std::vector<Bench>& benches, i64 threads, i64 rows) {
         for (i64 t = 0; t < threads; t++)
             benches[t] = {arena.take<const bf16*>(rows), arena.take<bf16*>(rows), arena.take<float*>(rows),
                           arena.take<float>(rows), arena.take<float>(rows * BLOCK)};
@@ -133,7 +133,7 @@ extern "C" void kimi_experts(const FeedForward* given, i64 rows, const bf16* x, 
     sort_pairs(chosen, table, pairs, teams, order);
     bf16 *outer, *inner, *shared;
     float *sums, *gates;  // (rows, hidden), (rows, width)
-    Bench benches[MAX_THREADS];
+    std::vector<Bench> benches(threads);
     arena.layout([&] {
         outer = arena.take<bf16>(rows * outer_row);
         inner = arena.take<bf16>(pairs * inner_row + 32);
@@ -231,7 +231,8 @@ extern "C" void kimi_many_experts(const FeedForward* given, i64 rows, const bf16
     ends.push_back(teams.size());
     uint32_t *outer, *inner;  // (places, words)
     float* sums;              // (rows, hidden)
-    struct Mine { Panel panel; float *y, *z; } benches[MAX_THREADS];
+    struct Mine { Panel panel; float *y, *z; };
+    std::vector<Mine> benches(threads);
     arena.layout([&] {
         outer = arena.take<uint32_t>(places * outer_row);
         inner = arena.take<uint32_t>(places * inner_row);
@@ -388,7 +389,8 @@ extern "C" void kimi_many_rows(const bf16* w, const bf16* bias, i64 outputs, i64
     constexpr i64 AT_ONCE = 512;  // rows that meet the same panel: what is held of them is little, and panels are filled seldom
     const i64 most = room_for(std::min(rows, AT_ONCE)), row = paired_size(inputs);
     uint32_t* given;
-    struct Mine { Panel panel; float* y; } benches[MAX_THREADS];
+    struct Mine { Panel panel; float* y; };
+    std::vector<Mine> benches(threads);
     arena.layout([&] {
         given = arena.take<uint32_t>(most * row);
         for (i64 t = 0; t < threads; t++)

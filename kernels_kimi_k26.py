@@ -149,8 +149,6 @@ struct Arena {
 };
 static thread_local Arena arena;
 
-enum { MAX_THREADS = 1024 };
-
 // ---------------------------------------------------------------------------------------- products
 
 enum { ROWS = REGISTERS > 8 ? 8 : 4, BLOCK = 16 };  // of x, multiplied at once; outputs that are computed together

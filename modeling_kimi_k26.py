@@ -475,6 +475,9 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         if embeds is not None:
             kwargs["inputs_embeds"] = self.put_media(embeds, where, features)
             return kwargs
+        settings = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("token_healing", getattr(settings, "token_healing", False)):
+            raise ValueError("token_healing writes the prompt anew, without the tokens of its media: leave it out for prompts with pictures or clips")
         kwargs["media_features"], kwargs["media_index"] = features, self._media_index(where, features, past)
         if kwargs.get("assistant_model") is not None:  # it encodes them in its own way
             kwargs["pixel_values"], kwargs["grid_thws"] = pixel_values, grid_thws

@@ -12,9 +12,11 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
+from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, TextKwargs, VideosKwargs
+from transformers.utils import logging
 
 from .chat_kimi import RenderedChat, check_messages, is_batch_of_chats, render_chats
 from .image_processing_kimi_k26 import (
@@ -29,7 +31,6 @@ from .image_processing_kimi_k26 import (
     picture_of,
     spread_fps,
 )
-from .response_kimi import parse_response
 from .tokenization_kimi import TikTokenTokenizer, integers
 from .vocabulary_kimi import MEDIA_PAD
 
@@ -37,12 +38,15 @@ from .vocabulary_kimi import MEDIA_PAD
 # these import in turn; so all of them are named here.
 from .compiling_kimi_k26 import compiled  # noqa: F401
 from .media_kimi_k26 import MediaError  # noqa: F401
+from .response_kimi import ResponseParser  # noqa: F401
 from .scaling_kimi_k26 import scaled  # noqa: F401
 from .text_ids_kimi import TextIds  # noqa: F401
 from .token_bytes_kimi import TokenBytes  # noqa: F401
 from .tool_declaration_kimi import tool_schemas  # noqa: F401
 from .video_kimi_k26 import read_video  # noqa: F401
 
+
+logger = logging.get_logger(__name__)
 
 VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
 CLIP_TEXT = "{time}<|media_begin|>video<|media_content|>" + MEDIA_PAD + "<|media_end|>"
@@ -53,14 +57,14 @@ PADDING_KEYS = ("padding", "pad_to_multiple_of", "padding_side", "return_attenti
 CUTTING_KEYS = ("truncation", "max_length")
 TOKENIZER_KEYS = frozenset((
     "add_special_tokens", "return_special_tokens_mask", "return_token_type_ids", "verbose",
-    "split_special_tokens", "allow_special_tokens",
+    "split_special_tokens", "allow_special_tokens", "return_offsets_mapping",
 ))  # fmt: skip
 CALL_KEYS = frozenset((
     *PADDING_KEYS, *CUTTING_KEYS, *TOKENIZER_KEYS, *MEDIA_KEYS, "media_limits", "fps", "video_metadata", "images",
-    "videos", "text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs",
+    "videos", "text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs", "return_mm_token_type_ids",
 ))  # fmt: skip
-# Those that the library has for other models' pictures and videos: none is a variable of a template, and none is passed over.
-LIBRARY_MEDIA_KEYS = frozenset((*ImagesKwargs.__annotations__, *VideosKwargs.__annotations__)) - {"return_tensors"}
+# Those that the library has for texts, and for other models' pictures and videos: none is a variable of a template, and none is passed over.
+LIBRARY_KEYS = frozenset((*TextKwargs.__annotations__, *ImagesKwargs.__annotations__, *VideosKwargs.__annotations__)) - {"return_tensors"}
 
 
 @dataclass
@@ -129,7 +133,8 @@ class KimiK26Processor(ProcessorMixin):
                 arguments of the tokenizer, values of `media_proc_cfg` and `media_limits` for this call; also grouped
                 as `text_kwargs`, `images_kwargs`, `videos_kwargs`.
 
-        Returns `input_ids`, `attention_mask` int64 (texts, length) and, with media, `pixel_values` float32
+        Returns `input_ids`, `attention_mask` int64 (texts, length), with `return_mm_token_type_ids=True` also `mm_token_type_ids`
+        of the same shape, 1 where a token stands for media, and, with media, `pixel_values` float32
         (patches, 3, patch, patch) and `grid_thws` int64 (clips, 3), in the order of the placeholders in the texts.
 
         Raises `MediaError` for a picture or video that cannot be used, and `ValueError` where the numbers of
@@ -220,17 +225,17 @@ class KimiK26Processor(ProcessorMixin):
     def _tokenize(self, prompts: list[RenderedChat], repeats, options: "_Options") -> dict[str, Any]:
         """Ids, cut and padded. `repeats`: tokens for each pad of each prompt, or None to leave pads alone."""
         want_mask = any(prompt.spoken is not None for prompt in prompts)
+        want_offsets = options.tokenizer.get("return_offsets_mapping")
         columns = dict(
             self.tokenizer(
                 [prompt.text for prompt in prompts],
                 control_texts=[prompt.control for prompt in prompts],
-                return_offsets_mapping=want_mask,
-                **options.tokenizer,
+                **{**options.tokenizer, "return_offsets_mapping": want_mask or want_offsets},
             )
         )
         columns.pop("attention_mask", None)
         if want_mask:
-            offsets = columns.pop("offset_mapping")
+            offsets = columns["offset_mapping"] if want_offsets else columns.pop("offset_mapping")
             columns["assistant_masks"] = [prompt.spoken_mask(row) for prompt, row in zip(prompts, offsets)]
         pad = self.image_token_id
         for at, ids in enumerate(columns["input_ids"]):
@@ -246,6 +251,8 @@ class KimiK26Processor(ProcessorMixin):
                 for rows in columns.values():
                     rows[at] = [value for value, count in zip(rows[at], times) for _ in range(count)]
             self._cut(columns, at, expected, options)
+        if options.media_types:
+            columns["mm_token_type_ids"] = [[int(index == pad) for index in ids] for ids in columns["input_ids"]]
 
         batch = {"input_ids": columns.pop("input_ids")}
         if options.padding["padding"] is None:
@@ -254,7 +261,7 @@ class KimiK26Processor(ProcessorMixin):
         data = dict(self.tokenizer.pad(batch, max_length=options.max_length, **options.padding))
         side = options.padding["padding_side"] or self.tokenizer.padding_side
         for name, rows in columns.items():  # masks and types: padding is 1 in the mask of special tokens, else 0
-            fill = 1 if name == "special_tokens_mask" else 0
+            fill = {"special_tokens_mask": 1, "offset_mapping": (0, 0)}.get(name, 0)
             for at, row in enumerate(rows):
                 extra = [fill] * (len(data["input_ids"][at]) - len(row))
                 rows[at] = extra + row if side == "left" else row + extra
@@ -316,7 +323,7 @@ class KimiK26Processor(ProcessorMixin):
         Raises `MediaError`, `ValueError` and `TypeError` naming the conversation (in a batch), message and part.
         """
         conversations, is_batch = check_messages(conversation), is_batch_of_chats(conversation)
-        call = {key: kwargs.pop(key) for key in list(kwargs) if key in CALL_KEYS or key in LIBRARY_MEDIA_KEYS}
+        call = {key: kwargs.pop(key) for key in list(kwargs) if key in CALL_KEYS or key in LIBRARY_KEYS}
         call.update(processor_kwargs or {})
         return_tensors = call.pop("return_tensors", return_tensors)
         return_tensors = None if return_tensors == "auto" else return_tensors  # version 5's "as the processor likes"
@@ -386,7 +393,12 @@ class KimiK26Processor(ProcessorMixin):
     def _fill_empty(self, items: list[MediaItem], images: Any, videos: Any, options: "_Options") -> None:
         """Pictures and videos given beside the messages go, in order, to the parts that hold no data."""
         pictures, films = nest(images, is_image, 0)[0], nest(videos, is_video, 0)[0]
-        rates = spread_fps(_rates(options.fps, options.video_metadata), films)
+        rates = _rates(options.fps, options.video_metadata)
+        if not films:  # then they are those of frames in the messages
+            shown = [item for item in items if item.kind == "video" and item.source is not None]
+            for item, fps in zip(shown, spread_fps(rates, [item.source for item in shown])):
+                item.fps = fps if item.fps is None else item.fps
+        rates = spread_fps(rates, films) if films else []
         for kind, given in (("image", [(one, None) for one in pictures]), ("video", list(zip(films, rates)))):
             empty = [item for item in items if item.kind == kind and item.source is None]
             if len(empty) != len(given):
@@ -414,7 +426,14 @@ class KimiK26Processor(ProcessorMixin):
         metadata = groups["videos_kwargs"].pop("video_metadata", metadata)
         padding = {key: text.pop(key, None) for key in PADDING_KEYS}
         truncation, max_length = (text.pop(key, None) for key in CUTTING_KEYS)
-        unknown = [key for key, value in text.items() if key not in TOKENIZER_KEYS and value is not None]
+        media_types = bool(text.pop("return_mm_token_type_ids", None))
+        asked = {key for key, value in text.items() if value is not None and (value is not False or key not in TextKwargs.__annotations__)}
+        unknown = asked - TOKENIZER_KEYS
+        if unknown:
+            for_generate = unknown & GenerationConfig().to_dict().keys()
+            if for_generate:
+                logger.warning(f"{sorted(for_generate)} are for `generate` and passed over; in a pipeline they go into `generate_kwargs`")
+            unknown -= for_generate
         if unknown:
             raise TypeError(f"unknown argument {sorted(unknown)}, allowed are {sorted(CALL_KEYS)}")
         return _Options(
@@ -426,6 +445,7 @@ class KimiK26Processor(ProcessorMixin):
             videos={**media, **groups["videos_kwargs"]},
             fps=fps,
             video_metadata=metadata,
+            media_types=media_types,
             return_tensors=grouped if return_tensors is None else return_tensors,
         )
 
@@ -457,11 +477,10 @@ class KimiK26Processor(ProcessorMixin):
         """Ids that `generate` gave, (batch, length) or (length,), to texts."""
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
-    def parse_response(self, text_or_ids, thinking: bool = True) -> dict[str, Any]:
-        """A reply, as text or ids and without its prompt, to `reasoning`, `content` and `tool_calls`: see `response_kimi`.
-
-        `thinking` as in `apply_chat_template`."""
-        return parse_response(text_or_ids, thinking, self.tokenizer)
+    def parse_response(self, response, schema=None, *, prefix=None, tools=None, thinking: Optional[bool] = None):
+        """A reply, or several, as text or ids and without the prompt, to `reasoning`, `content` and `tool_calls`: see
+        `TikTokenTokenizer.parse_response`."""
+        return self.tokenizer.parse_response(response, schema, prefix=prefix, tools=tools, thinking=thinking)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
@@ -522,6 +541,7 @@ class _Options:
     videos: dict[str, Any]
     fps: Any
     video_metadata: Any
+    media_types: bool
     return_tensors: Optional[str]
 
 

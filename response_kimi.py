@@ -360,6 +360,8 @@ class _Lexer:
             return "bytes", bytes(piece)
         ids = piece.tolist() if hasattr(piece, "tolist") else piece
         ids = [ids] if isinstance(ids, int) else ids
+        if isinstance(ids, (list, tuple)):
+            ids = [index.tolist() if hasattr(index, "tolist") else index for index in ids]
         if not isinstance(ids, (list, tuple)) or not all(isinstance(index, int) for index in ids):
             raise TypeError(f"a reply is text, bytes or a row of ids, not {piece!r:.80} of type {type(piece).__name__}")
         if self._tokenizer is None:

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Optional
 
 import torch
+from transformers.utils import logging
 
 from .checkpoint_kimi_k26 import Checkpoint, Finding, Shard, read_json
 from .configuration_kimi_k26 import KimiK26Config
 from .quantization_kimi_k26 import VALUES_PER_WORD
 from .vocabulary_kimi import MEDIA_PAD, SPECIAL_IDS, read_ranks
 
+
+logger = logging.get_logger(__name__)
 
 VOCABULARY, TOKENIZER_CONFIG, GENERATION_CONFIG = "tiktoken.model", "tokenizer_config.json", "generation_config.json"
 CHUNK = 2**24  # bytes read at once
@@ -37,7 +40,7 @@ def findings_at_load(
         may_be_part (`bool`): the model need not have a place for every tensor.
     """
     findings = checkpoint.findings + list(checkpoint.compare(model, dtype, may_be_part))
-    findings += check_ids(checkpoint.folder, model.config)
+    findings += check_ids(checkpoint.folder, model.config, may_grow=True)
     if sum(entry.end - entry.begin for _, _, entry in _to_read(checkpoint)) <= VALUES_AT_LOAD:
         findings += check_values(checkpoint, findings)
     return findings
@@ -141,10 +144,11 @@ def _wrong_scales(scales: torch.Tensor, shard: Shard, words: str) -> Optional[st
     return _where(wrong, flat, shape) + ", where the words are not zero" if wrong.any() else None
 
 
-def check_ids(folder: Path, config: KimiK26Config) -> list[Finding]:
+def check_ids(folder: Path, config: KimiK26Config, may_grow: bool = False) -> list[Finding]:
     """Ids of the tokenizer's and the generation files that the model's vocabulary does not have, or means otherwise.
 
-    Files that are absent are passed over, and a tokenizer that is malformed itself: loading it says what is wrong.
+    Files that are absent are passed over, and a tokenizer that is malformed itself: loading it says what is wrong. `may_grow`: a token
+    that a user added to the tokenizer is no damage, as the model can be resized when it is loaded; a warning says so.
     """
     folder, size, findings = Path(folder), config.text_config.vocab_size, []
 
@@ -172,7 +176,10 @@ def check_ids(folder: Path, config: KimiK26Config) -> list[Finding]:
             problem = f"has the id {index}, which is a byte pair's of {VOCABULARY}"
             findings.append(Finding(TOKENIZER_CONFIG, added[index], problem))
     for index, content in added.items():
-        beyond(TOKENIZER_CONFIG, content, index)
+        if may_grow and ranks is not None and index >= max(size, ranks + SPECIAL_IDS):
+            logger.warning(f"the tokenizer has {content!r} (id {index}), the model has {size} embeddings: call resize_token_embeddings(len(tokenizer))")
+        else:
+            beyond(TOKENIZER_CONFIG, content, index)
     pads = [index for index, content in added.items() if content == MEDIA_PAD]
     if pads and config.media_placeholder_token_id not in pads:
         problem = f"is {config.media_placeholder_token_id}, but {MEDIA_PAD} has the id {pads[0]} in {TOKENIZER_CONFIG}"

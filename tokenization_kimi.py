@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import PaddingStrategy, TruncationStra
 from transformers.utils import logging
 
 from .chat_kimi import ControlText, describe, is_batch_of_chats, render_chats
+from .response_kimi import parse_response
 from .text_ids_kimi import TextIds
 from .token_bytes_kimi import TokenBytes
 from .vocabulary_kimi import SPECIAL_IDS, SPLIT_PATTERN, printable, read_ranks, spelled, write_ranks
@@ -400,6 +401,37 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             self._token_bytes = TokenBytes([*self._encoding._mergeable_ranks, *names])
         return self._token_bytes
 
+    # ---- Replies ----
+
+    def parse_response(self, response, schema=None, *, prefix=None, tools=None, thinking: bool | None = None):
+        """What the model said, without the prompt → `reasoning`, `content` and `tool_calls`: see `response_kimi.parse_response`.
+
+        Args:
+            response: text, bytes or ids; several of them (a list, an array of two axes) give a list.
+            schema: as in the library, whose own parser then does it. (A bool is `thinking`.)
+            prefix: the prompt, as text or ids, or one for each reply: it says whether thinking was open.
+            tools: not needed, as arguments stay as they were written.
+            thinking: as in `apply_chat_template`; by `prefix` where that is given, else true.
+
+        Raises:
+            TypeError, ValueError: as `response_kimi.parse_response`; replies and prompts of different numbers.
+        """
+        if isinstance(schema, bool):
+            schema, thinking = None, schema
+        if schema is not None:
+            return super().parse_response(response, schema, prefix=prefix, tools=tools)
+        replies, prefix = _as_python(response), _as_python(prefix)
+        if isinstance(replies, list) and replies and not isinstance(_as_python(replies[0]), int):
+            several = isinstance(prefix, list) and prefix and not isinstance(_as_python(prefix[0]), int)
+            prefixes = prefix if several else [prefix] * len(replies)
+            if len(prefixes) != len(replies):
+                raise ValueError(f"there are {len(replies)} replies and {len(prefixes)} prefixes")
+            return [self.parse_response(reply, prefix=one, thinking=thinking) for reply, one in zip(replies, prefixes)]
+        if thinking is None and prefix:
+            opened = (prefix if isinstance(prefix, str) else self.decode(prefix)).rpartition("<|im_middle|>")[2]
+            thinking = "<think>" in opened and "</think>" not in opened
+        return parse_response(replies, True if thinking is None else thinking, self)
+
     # ---- Files ----
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
@@ -491,22 +523,18 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         texts, is_batch = [chat.text for chat in chats], is_batch_of_chats(conversation)
         if not tokenize:
             return texts if is_batch else texts[0]
-        encoded = self(
-            texts,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            add_special_tokens=False,
-            return_offsets_mapping=return_assistant_tokens_mask,
-            return_tensors=None if return_assistant_tokens_mask else return_tensors,
-            control_texts=[chat.control for chat in chats],
-            **(tokenizer_kwargs or {}),
-        )
+        options = {"padding": padding, "truncation": truncation, "max_length": max_length, "add_special_tokens": False}
+        options |= {"return_tensors": return_tensors, **(tokenizer_kwargs or {})}
+        wants_offsets = options.get("return_offsets_mapping")
         if return_assistant_tokens_mask:
-            offsets = encoded.pop("offset_mapping")
+            return_tensors = options["return_tensors"]
+            options |= {"return_offsets_mapping": True, "return_tensors": None}
+        encoded = self(texts, control_texts=[chat.control for chat in chats], **options)
+        if return_assistant_tokens_mask:
+            offsets = encoded["offset_mapping"] if wants_offsets else encoded.pop("offset_mapping")
             encoded["assistant_masks"] = [chat.spoken_mask(row) for chat, row in zip(chats, offsets)]
             encoded = BatchEncoding(dict(encoded), tensor_type=return_tensors)
-        if not is_batch and not return_tensors:
+        if not is_batch and not (return_tensors or options["return_tensors"]):
             encoded = BatchEncoding({key: value[0] for key, value in encoded.items()})
         if return_dict is None:
             return_dict = return_assistant_tokens_mask or _RETURNS_DICT

@@ -29,6 +29,7 @@ CONFIG = {
     ("auto_map", "AutoModel"): MODEL,
     ("auto_map", "AutoModelForCausalLM"): MODEL,
     ("auto_map", "AutoModelForImageTextToText"): MODEL,
+    ("auto_map", "AutoModelForMultimodalLM"): MODEL,
 }
 TOKENIZER = {("auto_map", "AutoTokenizer"): ["tokenization_kimi.TikTokenTokenizer", None]}
 PREPROCESSOR = {("auto_map", "AutoProcessor"): PROCESSOR, ("auto_map", "AutoImageProcessor"): IMAGE_PROCESSOR}
@@ -108,7 +109,10 @@ def attach(folder: Path, *, dry_run: bool = False) -> list[str]:
         current = _read(path)
         if current == data:
             continue
-        if entry is None or (current is not None and _digest(current) != entry["sha256"]):
+        changed = entry is not None and current is not None and _digest(current) != entry["sha256"]
+        if changed and _leads_here(name, current):  # the user has changed what was put there: an undo says so
+            entry = {**entry, "edited": True}
+        elif entry is None or changed:
             # Not ours, or changed since it was: it is what an undo has to bring back.
             original = None
             if path.is_symlink():
@@ -159,7 +163,8 @@ def undo(folder: Path, *, force: bool = False, dry_run: bool = False) -> list[st
     lines, changed = [], []
     for name, entry in reversed(record.items()):  # the JSON files first, then the code they point at
         current = _read(folder / name)
-        if current is not None and _digest(current) != entry["sha256"] and not _is_original(folder, name, entry):
+        is_ours = current is None or _digest(current) == entry["sha256"] and not entry.get("edited")
+        if not is_ours and not _is_original(folder, name, entry):
             changed.append(name)
         target |= _restored(folder, name, entry)
         lines.append(f"  {'removed ' if entry['original'] is None else 'restored'}  {name}")
@@ -195,6 +200,16 @@ def _is_original(folder: Path, name: str, entry: dict) -> bool:
     if original == "file":
         return not path.is_symlink() and _read(path) == _read(folder / ORIGINALS / name)
     return original is not None and path.is_symlink() and os.readlink(path) == original["link"]
+
+
+def _leads_here(name: str, data: bytes) -> bool:
+    """Whether a JSON file points at this project's code."""
+    try:
+        named = json.loads(data).get("auto_map") if name.endswith(".json") else None
+    except (ValueError, AttributeError, RecursionError):
+        return False
+    values = (PREPROCESSOR | TOKENIZER | CONFIG).values()
+    return isinstance(named, dict) and any(value in values for value in named.values())
 
 
 def _wanted(folder: Path, record: dict) -> tuple[dict[str, bytes], list[str]]:

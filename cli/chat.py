@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from . import TOP_P
+from . import TOP_P, CommandError
 from .dialogue import THINKING, ChatError, Dialogue, Settings
 from .loading import add_options, between, load_checkpoint, positive
 
@@ -339,14 +339,17 @@ def add_arguments(parser) -> None:
     group.add_argument("--max-new-tokens", type=positive, default=32768, metavar="N", help="of an answer (%(default)s)")
     group.add_argument("--temperature", type=between(0, 100), metavar="T", help="0 is greedy; 1.0, 0.6 without thinking")
     group.add_argument("--top-p", type=between(1e-6, 1), default=TOP_P, metavar="P", help="(%(default)s)")
-    group.add_argument("--seed", type=int, help="of what is sampled")
+    group.add_argument("--seed", type=between(-(2**63), 2**63 - 1, int), help="of what is sampled")
     add_options(parser)
 
 
 def run(args) -> int:
+    if sys.stdin is None:
+        raise CommandError("there is no standard input to read messages from")
     dialogue = load(args)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a byte that is no text is no reason to stop
+        if stream is not None:
+            stream.reconfigure(errors="replace")  # a byte that is no text is no reason to stop
     screen = Screen(sys.stdout, args.fold)
     chat = Chat(dialogue, screen, sys.stdin, sys.stderr)
     if chat.is_typed:

@@ -71,6 +71,7 @@ def check(folder: Path, progress=iter) -> tuple[list, str]:
     from .. import KimiK26ForConditionalGeneration
     from ..checkpoint_kimi_k26 import INDEX_FILE, Checkpoint, Finding
     from ..soundness_kimi_k26 import check_ids, check_values, is_hollow
+    from .check_tokenizer import words
 
     content, findings = _object(folder, "config.json")
     config, failed = _config(content) if content is not None else (None, [])
@@ -84,9 +85,13 @@ def check(folder: Path, progress=iter) -> tuple[list, str]:
     if config is not None:
         absurd = _absurd_counts(config, checkpoint.where)
         weights += absurd
-        if not absurd:
+        try:
             with torch.device("meta"):
-                model = KimiK26ForConditionalGeneration(config)
+                model = None if absurd else KimiK26ForConditionalGeneration(config)
+        except Exception as error:  # of sizes and numbers that no model can have together
+            model = None
+            findings.append(Finding("config.json", None, words(error)))
+        if model is not None:
             stored = content.get("dtype", content.get("torch_dtype"))
             weights += checkpoint.compare(model, getattr(torch, stored) if isinstance(stored, str) else None)
     weights += check_values(checkpoint, weights, progress)
@@ -142,6 +147,8 @@ def _config(content: dict) -> tuple[object, list]:
         return None, [Finding("config.json", "text_config", "is missing, or no object")]
     try:
         return KimiK26Config(**content), []
+    except RecursionError:
+        return None, [Finding("config.json", None, "is nested too deeply")]
     except (ValueError, TypeError) as error:
         return None, [Finding("config.json", None, str(error))]
 
@@ -171,8 +178,9 @@ def _small_files(folder: Path, config: dict | None) -> list:
             kind, wanted, fits = SAMPLING[key]
             if type(value) not in (kind, int if kind is float else kind) or not fits(value):
                 findings.append(Finding("generation_config.json", key, f"must be {wanted}, got {value!r}"))
-        if key == "eos_token_id" and value == []:
-            findings.append(Finding("generation_config.json", key, "is an empty list: no token would end a reply"))
+    generation = contents.get("generation_config.json")
+    if generation is not None and generation.get("eos_token_id") in (None, []):
+        findings.append(Finding("generation_config.json", "eos_token_id", "is missing: no token would end a reply"))
     return findings + judge_tokenizer(folder, contents, *tokenizer)
 
 

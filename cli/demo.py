@@ -61,6 +61,7 @@ def run(args) -> int:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    args.out.mkdir(parents=True, exist_ok=True)  # before anything is shown that could not be written down
     folder = args.folder or (TRAINED if TRAINED.is_dir() else None)
     try:
         if args.random or folder is None:

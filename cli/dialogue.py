@@ -133,6 +133,7 @@ class Dialogue:
                     **self._unread(inputs, known).to(self.model.device),
                     **self._choice(),
                     max_new_tokens=min(self.settings.max_new_tokens, limit - len(ids)),
+                    eos_token_id=self._end_ids(),
                     past_key_values=self._cache,
                     streamer=pen,
                 )
@@ -198,6 +199,7 @@ class Dialogue:
 
     def _end_ids(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
+        ends = self.model.config.eos_token_id if ends is None else ends
         return ends if isinstance(ends, list) else [ends]
 
     @contextmanager

@@ -7,7 +7,7 @@ from . import CommandError
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"a positive whole number is needed, not {text!r}")
     return int(text)
 
@@ -35,7 +35,7 @@ def add_options(parser) -> None:
     group.add_argument("--dtype", default="auto", choices=dtypes, help="of plain weights; auto is the checkpoint's (%(default)s)")
     group.add_argument("--memory", metavar="SIZE", help="main memory for weights, such as 48GiB")
     group.add_argument("--expert-budget", metavar="SIZE", help="memory for prepared experts")
-    group.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
+    group.add_argument("--threads", type=between(1, 1024, int), help="of PyTorch on a CPU")
 
 
 def load_checkpoint(
@@ -64,10 +64,16 @@ def load_checkpoint(
     from accelerate.utils import get_max_memory
 
     from .. import KimiK26ForConditionalGeneration, KimiK26Processor
+    from ..loading_kimi_k26 import as_bytes
     from ..placement_kimi_k26 import FREE_ON_ACCELERATORS
 
     if not folder.is_dir():
         raise CommandError(f"{folder} is not a folder")
+    for option, size in (("--memory", memory), ("--expert-budget", expert_budget)):
+        try:
+            as_bytes(0 if size is None else size, option)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
     if threads:
         torch.set_num_threads(threads)
     budgets = {"expert_budget": expert_budget}

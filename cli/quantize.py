@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import CommandError
+from .switch import locked
 
 GROUP_SIZE = 32  # inputs per scale, as published
 RECORD = ".kimi-k26-quantize.json"  # in OUT while a conversion is under way
@@ -104,7 +105,7 @@ def convert(source: Path, target: Path, to: str = "int4", show_progress: bool = 
         Lines that say what was done.
 
     Raises:
-        CommandError: IN is damaged, or in that form already, or its widths do not divide; OUT holds something else.
+        CommandError: IN is damaged, or in that form already, or its widths do not divide; OUT holds something else, or another run is at work there.
         OSError: A file could not be read or written. The same call again goes on from there.
     """
     import torch
@@ -129,34 +130,36 @@ def convert(source: Path, target: Path, to: str = "int4", show_progress: bool = 
     plans = {name: pieces for name, pieces in plans.items() if pieces}
     others = sorted(path.name for path in source.iterdir() if _is_other(path))
 
-    record = _begin(source, target, to, checkpoint, [*plans, *others])
-    needed = sum(piece.size for name, pieces in plans.items() if name not in record["done"] for piece in pieces)
-    if shutil.disk_usage(target).free < needed:
-        raise CommandError(f"{target} has not enough room: {needed / 2**20:,.0f} MiB more are needed")
-    kept = 0
-    total = sum(_read_size(checkpoint, pieces) for pieces in plans.values())
-    with tqdm(total=total, desc="Converting", unit="B", unit_scale=True, file=sys.stderr, disable=not show_progress) as progress:
-        for name, pieces in plans.items():
-            if name in record["done"] and _checksum(target / name) == record["done"][name]:
-                kept += 1
-                progress.update(_read_size(checkpoint, pieces))
-                continue
-            _write_shard(target / name, pieces, checkpoint, dtype, to, progress)
-            record["done"][name] = _checksum(target / name)
-            _write_json(target / RECORD, record)
-    for name in others:
-        _copy(source / name, target / name)
-    if set(plans) != {SINGLE_FILE}:
-        _write_json(target / "model.safetensors.index.json", _index(plans))
-    _write_json(target / "config.json", new_config)  # last, as without it the folder loads nowhere
-    written = Checkpoint(target)
-    findings = written.findings + list(written.compare(*_on_meta(new_config)))
-    if findings:
-        raise CommandError(str(CheckpointError(target, findings)))
-    os.unlink(target / RECORD)
-    size = sum(piece.size for pieces in plans.values() for piece in pieces)
-    lines = [f"{target}: {len(experts):,} expert weights as {to}, {len(plans)} files, {size / 2**30:,.2f} GiB"]
-    return lines + ([f"{kept} files were there from an earlier run, and sound"] if kept else [])
+    target.mkdir(parents=True, exist_ok=True)
+    with locked(target):
+        record = _begin(source, target, to, checkpoint, [*plans, *others])
+        needed = sum(piece.size for name, pieces in plans.items() if name not in record["done"] for piece in pieces)
+        if shutil.disk_usage(target).free < needed:
+            raise CommandError(f"{target} has not enough room: {needed / 2**20:,.0f} MiB more are needed")
+        kept = 0
+        total = sum(_read_size(checkpoint, pieces) for pieces in plans.values())
+        with tqdm(total=total, desc="Converting", unit="B", unit_scale=True, file=sys.stderr, disable=not show_progress) as progress:
+            for name, pieces in plans.items():
+                if name in record["done"] and _checksum(target / name) == record["done"][name]:
+                    kept += 1
+                    progress.update(_read_size(checkpoint, pieces))
+                    continue
+                _write_shard(target / name, pieces, checkpoint, dtype, to, progress)
+                record["done"][name] = _checksum(target / name)
+                _write_json(target / RECORD, record)
+        for name in others:
+            _copy(source / name, target / name)
+        if set(plans) != {SINGLE_FILE}:
+            _write_json(target / "model.safetensors.index.json", _index(plans))
+        _write_json(target / "config.json", new_config)  # last, as without it the folder loads nowhere
+        written = Checkpoint(target)
+        findings = written.findings + list(written.compare(*_on_meta(new_config)))
+        if findings:
+            raise CommandError(str(CheckpointError(target, findings)))
+        os.unlink(target / RECORD)
+        size = sum(piece.size for pieces in plans.values() for piece in pieces)
+        lines = [f"{target}: {len(experts):,} expert weights as {to}, {len(plans)} files, {size / 2**30:,.2f} GiB"]
+        return lines + ([f"{kept} files were there from an earlier run, and sound"] if kept else [])
 
 
 # ---- What is to be written ----
@@ -165,14 +168,17 @@ def convert(source: Path, target: Path, to: str = "int4", show_progress: bool = 
 def _configs(source: Path, to: str) -> tuple[dict, dict]:
     """`config.json` as it is and as it will be."""
     from .. import KimiK26Config
-    from ..checkpoint_kimi_k26 import read_json
+    from ..checkpoint_kimi_k26 import names_twice, read_json
 
     try:
         old = read_json((source / "config.json").read_bytes())
+        twice = names_twice(old)
+        if twice:
+            raise ValueError(f"{twice[0]} is listed twice")
         config = KimiK26Config(**old)
     except FileNotFoundError:
         raise CommandError(f"{source} has no config.json") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CommandError(f"config.json: {error}") from None
     new, block = copy.deepcopy(old), config.text_config.expert_quantization
     new.setdefault("text_config", {})
@@ -273,7 +279,6 @@ def _begin(source: Path, target: Path, to: str, checkpoint, names: list[str]) ->
     files = [source / "config.json", *(shard.path for shard in checkpoint.shards)]
     state = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     record = {"source": str(source), "to": to, "files": state, "done": {}}
-    target.mkdir(parents=True, exist_ok=True)
     present = {path.name for path in target.iterdir()}
     if not present:
         _write_json(target / RECORD, record)

@@ -85,6 +85,7 @@ def test_attach_points_the_folder_at_the_code(tmp_path, capsys):
         "AutoModelForSequenceClassification": "modeling_kimi_k25.Other",
         "AutoModelForCausalLM": MODEL,
         "AutoModelForImageTextToText": MODEL,
+        "AutoModelForMultimodalLM": MODEL,
     }
     old = json.loads(before["config.json"])
     assert list(config) == list(old)
@@ -237,6 +238,24 @@ def test_newer_code_over_older_still_undoes_to_the_original(tmp_path, monkeypatc
     after = contents(folder)
     assert {name: after.get(name) for name in older} == {**code, "dropped_kimi.py": None}
     attach.undo(folder)
+    assert snapshot(folder) == before
+
+
+def test_what_was_there_first_outlives_changes_and_a_second_run(tmp_path, capsys):
+    """An edited file that still leads to this code is no original: an undo says that it was changed, and has the one before."""
+    folder = published(tmp_path / "model")
+    before = snapshot(folder)
+    attach.attach(folder)
+    for name in ("config.json", "preprocessor_config.json"):
+        content = read(folder, name)
+        content["auto_map"].popitem()
+        (folder / name).write_text(json.dumps({**content, "mine": 1}))
+    attach.attach(folder)
+    assert read(folder, "config.json")["mine"] == 1 and set(read(folder, "config.json")["auto_map"]) >= {"AutoModel", "AutoModelForCausalLM"}
+    attached = snapshot(folder)
+    assert main(["attach", str(folder), "--undo"]) == 1
+    assert "config.json" in capsys.readouterr().err and snapshot(folder) == attached
+    assert main(["attach", str(folder), "--undo", "--force"]) == 0
     assert snapshot(folder) == before
 
 

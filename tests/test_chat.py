@@ -474,7 +474,7 @@ def test_options_that_a_model_does_not_take(words, endless, capsys):
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-    assert f"error: {endless} cannot be loaded: " in capsys.readouterr().err
+    assert f"error: {words[0]} must be a number of bytes" in capsys.readouterr().err
 
 
 # -- the command itself -----------------------------------------------------------------------------------------------

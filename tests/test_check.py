@@ -302,9 +302,6 @@ DAMAGE = {
         "eos_token_id", "outside"),
     "generation file not JSON": (
         lambda folder: (folder / "generation_config.json").write_text("x"), "generation_config.json", None, "not valid JSON"),
-    "added token beyond": (
-        edit_json("tokenizer_config.json", lambda c: c["added_tokens_decoder"].update({"99999": {"content": "<new>"}})),
-        "tokenizer_config.json", "<new>", "outside"),
     "ranks beyond": (
         lambda folder: (folder / "tiktoken.model").open("a").write(
             f"{base64.b64encode(b'zzzz').decode()} {len((folder / 'tiktoken.model').read_text().splitlines())}\n"),
@@ -415,7 +412,10 @@ SMALL_FILES = {
     "an end that is not special": (
         edit_json("tokenizer_config.json", lambda c: [t.update(special=False) for t in c["added_tokens_decoder"].values()]),
         "tokenizer_config.json", "<|im_end|>", "is not special", True),
-    "no end": (edit_json("generation_config.json", lambda c: c.update(eos_token_id=[])), "generation_config.json", "eos_token_id", "empty", True),
+    "no end": (edit_json("generation_config.json", lambda c: c.update(eos_token_id=[])), "generation_config.json", "eos_token_id", "no token would end", True),
+    "added token beyond": (
+        edit_json("tokenizer_config.json", lambda c: c["added_tokens_decoder"].update({"99999": {"content": "<new>"}})),
+        "tokenizer_config.json", "<new>", "outside", True),
     "no beams": (edit_json("generation_config.json", lambda c: c.update(num_beams=0)), "generation_config.json", "num_beams", "got 0", True),
     "a share above all": (edit_json("generation_config.json", lambda c: c.update(top_p=5)), "generation_config.json", "top_p", "up to 1", True),
     "half a token": (edit_json("generation_config.json", lambda c: c.update(top_k=1.5)), "generation_config.json", "top_k", "got 1.5", True),
@@ -595,3 +595,64 @@ def test_command(folder, capsys):
     assert json.loads(capsys.readouterr().out) == [expected]
     assert main(["check", str(folder / "nowhere")]) == 1
     assert "is not a folder" in capsys.readouterr().err
+
+
+WIDE = 2**70
+
+
+@pytest.mark.parametrize(
+    "part, key, value",
+    [("text_config", key, WIDE) for key in ("q_lora_rank", "v_head_dim", "intermediate_size", "n_shared_experts", "vocab_size", "hidden_size")]
+    + [("vision_config", key, WIDE) for key in ("patch_size", "vt_intermediate_size", "init_pos_emb_height")]
+    + [("text_config", "rope_theta", value) for value in (1, WIDE, 10**400)]
+    + [("rope_scaling", key, 1e308) for key in ("factor", "beta_fast", "beta_slow", "mscale_all_dim")]
+    + [("text_config", "n_shared_experts", 2**30), ("text_config", "zz", 600)],
+)
+def test_numbers_that_no_model_has(folder, part, key, value, capsys):
+    content = json.loads((folder / "config.json").read_text())
+    if key == "zz":
+        for _ in range(value):
+            value = [value]
+    if part == "rope_scaling":
+        rope = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, key: value}
+        content["text_config"]["rope_scaling"] = rope
+    else:
+        content[part][key] = value
+    (folder / "config.json").write_text(json.dumps(content))
+    status = main(["check", str(folder), "--json"])
+    findings = json.loads(capsys.readouterr().out)
+    assert status == bool(findings) and all(found["file"] for found in findings)
+    assert findings or key == "zz"
+    if value != 2**30 and key != "zz":
+        assert any(key in found["problem"] for found in findings), findings
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "preprocessor_config.json"])
+def test_files_that_are_nested_deeply(folder, name, capsys):
+    content = json.loads((folder / name).read_text())
+    deep = []
+    for _ in range(600):
+        deep = [deep]
+    (folder / name).write_text(json.dumps({**content, "zz": deep}))
+    status = main(["check", str(folder), "--json"])
+    assert status == bool(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("ends", [None, [], "absent"])
+def test_a_reply_must_be_able_to_end(folder, ends):
+    content = json.loads((folder / "generation_config.json").read_text())
+    content.pop("eos_token_id")
+    (folder / "generation_config.json").write_text(json.dumps(content if ends == "absent" else {**content, "eos_token_id": ends}))
+    (finding,) = check(folder)[0]
+    assert (finding.file, finding.tensor) == ("generation_config.json", "eos_token_id")
+
+
+def test_a_tokenizer_that_has_grown_is_found_and_loads(folder, caplog):
+    tokenizer = TikTokenTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<zz>"])
+    tokenizer.save_pretrained(folder)
+    assert any("<zz>" in str(finding) for finding in check(folder)[0])
+    model = KimiK26ForConditionalGeneration.from_pretrained(folder)
+    assert "call resize_token_embeddings" in caplog.text and "<zz>" in caplog.text
+    model.resize_token_embeddings(len(tokenizer))
+    assert model(torch.tensor([tokenizer.encode("a<zz>")])).logits.shape[-1] == len(tokenizer)

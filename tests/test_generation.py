@@ -384,6 +384,12 @@ def test_media_features_instead_of_pictures(model):
     assert torch.equal(out, greedy(model, ids, NEW, **given))
 
 
+def test_a_prompt_with_pictures_is_not_written_anew(model):
+    ids, given = prompt("media")
+    with pytest.raises(ValueError, match="token_healing"):
+        model.generate(ids, token_healing=True, max_new_tokens=NEW, **given)
+
+
 def test_pictures_are_encoded_once(model, monkeypatch):
     calls, encode = [], model.get_image_features
     monkeypatch.setattr(model, "get_image_features", lambda *a, **k: calls.append(1) or encode(*a, **k))

@@ -125,9 +125,8 @@ def test_wrong_arguments(processor):
     for name in ("num_frames", "size", "return_length"):  # other models' options, which no template knows either
         with pytest.raises(TypeError, match=name):
             processor(text=IMAGE, images=SMALL, **{name: 2})
-        if name != "return_length":
-            with pytest.raises(TypeError, match=name):
-                processor.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=True, **{name: 2})
+        with pytest.raises(TypeError, match=name):
+            processor.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=True, **{name: 2})
     with pytest.raises(ValueError, match="in_patch_limit"):
         processor(images=SMALL, text=IMAGE, in_patch_limit=0)
 
@@ -286,6 +285,37 @@ def test_media_given_beside_the_messages(processor):
     assert output["grid_thws"].tolist() == [[1, 4, 4], [1, 6, 8], [1, 4, 4], [4, 4, 6], [2, 4, 6]]
     with pytest.raises(ValueError, match="2 image parts .* 1 images"):
         processor.apply_chat_template(messages, tokenize=True, images=[SMALL], videos=[FRAMES], fps=25)
+
+
+def test_rates_of_frames_in_the_messages(processor):
+    """Given with the call, as for frames that are beside the messages."""
+    film = {"type": "video", "video": FRAMES}
+    call = {"tokenize": True, "return_dict": True}
+    wanted = processor.apply_chat_template(user({**film, "fps": 25}, {**film, "fps": 5}), **call)
+    for rates in ({"fps": [25, 5]}, {"video_metadata": [{"fps": 25}, {"fps": 5}]}):
+        assert processor.apply_chat_template(user(film, film), **rates, **call)["input_ids"] == wanted["input_ids"]
+    assert processor.apply_chat_template(user({**film, "fps": 25}, film), fps=5, **call)["input_ids"] == wanted["input_ids"]
+    with pytest.raises(ValueError, match="fps: 1 rates were given for 2 videos"):
+        processor.apply_chat_template(user(film, film), fps=[25], **call)
+
+
+def test_what_the_library_says_of_texts(processor, caplog):
+    messages = user({"type": "image", "image": SMALL}, text("hello"))
+    call = {"tokenize": True, "return_dict": True}
+    for given in ({}, {"return_tensors": "pt"}):
+        output = processor.apply_chat_template([messages, user(text("hi"))], return_mm_token_type_ids=True, return_offsets_mapping=True, padding=True, **call, **given)
+        ids, types = (np.asarray(output[name]) for name in ("input_ids", "mm_token_type_ids"))
+        assert np.array_equal(types, ids == processor.image_token_id) and types.sum() == 4
+        assert np.asarray(output["offset_mapping"]).shape == (*ids.shape, 2)
+    chat = processor.apply_chat_template(messages)
+    row, offsets = (processor.apply_chat_template(messages, return_offsets_mapping=True, **call)[name][0] for name in ("input_ids", "offset_mapping"))
+    words = [chat[start:end] for index, (start, end) in zip(row, offsets) if index != processor.image_token_id]
+    assert "".join(words) == chat.replace(MEDIA_PAD, "")
+    grouped = processor(text=IMAGE, images=SMALL, text_kwargs={"return_mm_token_type_ids": True})
+    assert sum(grouped["mm_token_type_ids"][0]) == 4
+    plain = processor(text=IMAGE, images=SMALL, return_length=False)  # which is what it does
+    assert processor(text=IMAGE, images=SMALL, do_sample=False, temperature=0.7)["input_ids"] == plain["input_ids"]
+    assert "['do_sample', 'temperature'] are for `generate`" in caplog.text
 
 
 def test_arguments_in_groups(processor):

@@ -17,8 +17,9 @@ from kimi_k26.checkpoint_kimi_k26 import INDEX_FILE, SINGLE_FILE, Checkpoint
 from kimi_k26.cli import CommandError, main, quantize
 from kimi_k26.cli.check import check
 from kimi_k26.cli.quantize import RECORD, convert
+from kimi_k26.cli.switch import locked
 from kimi_k26.cli.tiny import make_tiny_checkpoint
-from kimi_k26.quantization_kimi_k26 import dequantize_int4
+from kimi_k26.quantization_kimi_k26 import dequantize_int4, unpack_int4
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def test_float32_is_rounded_from_its_own_values(golden, tmp_path):
     name = "language_model.model.layers.1.mlp.experts.0.down_proj.weight"
     scale = after[name + "_scale"].float()
     assert after[name + "_scale"].dtype == torch.bfloat16
-    weight = dequantize_int4(after[name + "_packed"], scale, torch.float32)
+    weight = unpack_int4(after[name + "_packed"]) * scale.repeat_interleave(32, dim=1)
     error = (weight - before[name]).unflatten(-1, (-1, 32)).abs().amax(-1) / scale
     assert error.max() <= 0.53  # half a step; the largest, 7.5 steps, by what bfloat16 took from the scale on top
 
@@ -276,6 +277,24 @@ def test_what_is_refused(plain, packed, tmp_path, monkeypatch):
         refused(words, other, tmp_path / "out")
     (other / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     refused("bfloat16 or float32", other, tmp_path / "out")
+
+
+def test_a_second_run_into_the_same_folder_is_refused(plain, packed, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out), pytest.raises(CommandError, match="another run"):
+        convert(plain, out)
+    assert not list(out.iterdir())
+    convert(plain, out)
+    assert files(out) == files(packed)
+
+
+def test_names_that_stand_twice_are_refused(plain, tmp_path):
+    folder = shutil.copytree(plain, tmp_path / "twice")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text('{"model_type": "kimi_k25", ' + text.lstrip()[1:])
+    with pytest.raises(CommandError, match="model_type is listed twice"):
+        convert(folder, tmp_path / "out")
 
 
 def test_damaged_input_is_refused(plain, tmp_path):

@@ -416,6 +416,23 @@ def test_processor_of_the_package(tokenizer):
     assert processor.parse_response(text, thinking=False)["content"] == "r</think>a"
 
 
+def test_replies_as_the_library_hands_them_over(tokenizer):
+    """All that `decode` takes, several at once, the prompt as `prefix`."""
+    processor, text = KimiK26Processor(KimiK26ImageProcessor(), tokenizer), "r</think>a"
+    ids, wanted = tokenizer.encode(text), reply("r", "a")
+    for parse in (processor.parse_response, tokenizer.parse_response):
+        for one in (np.array(ids), torch.tensor(ids), list(torch.tensor(ids)), list(np.array(ids)), tuple(ids), text.encode()):
+            assert parse(one) == parse(response=one, prefix="", tools=[]) == wanted
+        for several in ([text, text], [ids, ids], torch.tensor([ids, ids]), [torch.tensor(ids)] * 2, (text, ids)):
+            assert parse(several) == [wanted, wanted]
+        assert parse(text, False) == parse(text, thinking=False) == parse(text, prefix="<|im_middle|><think></think>") == reply("", text)
+        prompts = ["<|im_middle|><think>well", "a <think> typed <|im_middle|><think></think>"]
+        assert parse([text, text], prefix=prompts) == [wanted, reply("", text)]
+        assert parse([text, text], prefix=[tokenizer.encode(prompt) for prompt in prompts]) == [wanted, reply("", text)]
+        with pytest.raises(ValueError, match="2 replies and 3 prefixes"):
+            parse([text, text], prefix=["", "", ""])
+
+
 def test_imports_nothing_heavy():
     code = "import sys; from kimi_k26 import parse_response, ResponseParser, ResponseStreamer; parse_response('a')\n"
     code += "print(sorted({'torch', 'transformers', 'numpy', 'tiktoken'} & set(sys.modules)))"

@@ -3,12 +3,14 @@
 import signal
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the server takes the extra `serve`")
 
-from kimi_k26.cli import main
+from kimi_k26.cli import CommandError, main
+from kimi_k26.cli.serve import read_keys
 from kimi_k26.tests.serving import Served, chunks_of
 
 
@@ -45,6 +47,19 @@ def test_options_that_make_no_server(option, value, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["serve", "nowhere", f"{option}={value}"])
     assert stop.value.code == 2 and f"argument {option}: " in (said := capsys.readouterr().err) and value in said
+
+
+@pytest.mark.parametrize(
+    "data, keys", [(b"one\n\n two \r\nthree", ("one", "two", "three")), (b"\xef\xbb\xbfone\n", ("one",)), (b"one # mine\n", "line 1"), (b"\xff\xfe", "UTF-8"), (b"\n", "no API key")]
+)
+def test_keys_of_a_file(data, keys, tmp_path):
+    (tmp_path / "keys").write_bytes(data)
+    args = SimpleNamespace(api_key=[], api_key_file=tmp_path / "keys")
+    if isinstance(keys, tuple):
+        assert read_keys(args) == keys
+    else:
+        with pytest.raises(CommandError, match=keys):
+            read_keys(args)
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(tmp_path, capsys):

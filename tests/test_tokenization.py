@@ -20,7 +20,7 @@ from kimi_k26.vocabulary_kimi import spelled, split_long_text, write_ranks
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = "tokenization_kimi.py", "chat_kimi.py", "text_ids_kimi.py", "token_bytes_kimi.py", "tool_declaration_kimi.py", "vocabulary_kimi.py"
+CODE = "tokenization_kimi.py", "chat_kimi.py", "response_kimi.py", "text_ids_kimi.py", "token_bytes_kimi.py", "tool_declaration_kimi.py", "vocabulary_kimi.py"
 MERGES = ["he", "ll", "hell", "hello", " w", "or", " wor", "ld", " world", "  ", "    ", "aa", "aaaa", "中", "中文"]
 NAMED = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 10: "<|im_system|>"}
 NAMED |= {17: "<|im_middle|>", 22: "<think>", 23: "</think>", 254: "[UNK]", 255: "[PAD]"}
@@ -511,6 +511,8 @@ def test_wrong_flags_and_conversations(tok):
             tok.apply_chat_template([USER], **{name: "yes"})
     with pytest.raises(ValueError, match="empty"):
         tok.apply_chat_template([])
+    with pytest.raises(ValueError, match=r"conversations\[1\] is empty"):
+        tok.apply_chat_template([[USER], []])
     tok.chat_template = None
     with pytest.raises(ValueError, match="chat_template"):
         tok.apply_chat_template([USER])
@@ -538,6 +540,13 @@ def test_assistant_mask(tok):
     assert masked(cut) == "hello<|im_end|>é"
     with pytest.raises(ValueError, match="return_assistant_tokens_mask"):
         tok.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=False)
+    for masks in ({}, {"return_assistant_tokens_mask": True}):
+        plain = tok.apply_chat_template(chat, add_generation_prompt=False, return_dict=True, **masks)
+        with_offsets = tok.apply_chat_template(chat, add_generation_prompt=False, return_dict=True, tokenizer_kwargs={"return_offsets_mapping": True}, **masks)
+        offsets = with_offsets.pop("offset_mapping")
+        assert dict(with_offsets) == dict(plain) and len(offsets) == len(plain["input_ids"])
+        tensors = tok.apply_chat_template(chat, add_generation_prompt=False, return_dict=True, tokenizer_kwargs={"return_tensors": "np"}, **masks)
+        assert tensors["input_ids"].tolist() == [plain["input_ids"]]
 
 
 def test_text_generation_pipeline(tok):

@@ -92,7 +92,15 @@ def make_server(config, engine, grace: float):
 
 
 def read_keys(args) -> tuple[str, ...]:
-    lines = args.api_key_file.read_text(encoding="utf-8").split() if args.api_key_file else []
+    lines = []
+    if args.api_key_file:
+        try:
+            lines = [line.strip() for line in args.api_key_file.read_text(encoding="utf-8-sig").splitlines()]
+        except ValueError as error:
+            raise CommandError(f"{args.api_key_file} is no text in UTF-8: {error}") from None
+        for number, line in enumerate(lines, start=1):
+            if len(line.split()) > 1:
+                raise CommandError(f"{args.api_key_file}, line {number}: a key has no spaces, and nothing stands beside it")
     keys = tuple(key for key in [*args.api_key, *lines] if key)
     if (args.api_key or args.api_key_file) and not keys:
         raise CommandError("no API key was given: --api-key is empty, or the file of --api-key-file is")
