@@ -451,6 +451,7 @@ class KimiK26ForConditionalGeneration(KimiK26PreTrainedModel, GenerationMixin):
         """The library's `generate`, with `pixel_values` and `grid_thws` of the prompt's pictures and clips."""
         if self._recomputes_layers:
             kwargs["use_cache"] = False
+        kwargs.pop("mm_token_type_ids", None)  # say what the ids do
         kwargs = self._encode_media(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
         return super().generate(inputs, *args, **kwargs)
 

@@ -384,6 +384,14 @@ def test_media_features_instead_of_pictures(model):
     assert torch.equal(out, greedy(model, ids, NEW, **given))
 
 
+def test_types_of_tokens_say_nothing_new(model):
+    ids, given = prompt("media")
+    types = (ids == MEDIA).long()
+    out = model.generate(ids, mm_token_type_ids=types, max_new_tokens=NEW, do_sample=False, **given)
+    assert torch.equal(out, greedy(model, ids, NEW, **given))
+    assert torch.equal(model(ids, mm_token_type_ids=types, **given).logits, model(ids, **given).logits)
+
+
 def test_a_prompt_with_pictures_is_not_written_anew(model):
     ids, given = prompt("media")
     with pytest.raises(ValueError, match="token_healing"):
