@@ -245,8 +245,8 @@ def as_device(place: Device) -> torch.device:
     Raises:
         ValueError: there is no accelerator, or the place is none for weights.
     """
-    accelerator = torch.accelerator.current_accelerator()
     if isinstance(place, int):
+        accelerator = torch.accelerator.current_accelerator()
         if accelerator is None:
             raise ValueError(f"device_map has the place {place}, and there is no accelerator")
         return torch.device(accelerator.type, place)

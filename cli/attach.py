@@ -33,6 +33,7 @@ CONFIG = {
 }
 TOKENIZER = {("auto_map", "AutoTokenizer"): ["tokenization_kimi.TikTokenTokenizer", None]}
 PREPROCESSOR = {("auto_map", "AutoProcessor"): PROCESSOR, ("auto_map", "AutoImageProcessor"): IMAGE_PROCESSOR}
+EVERYTHING = PREPROCESSOR | TOKENIZER | CONFIG
 
 # The published values, for a folder that lacks them.
 MEDIA_PROC_CFG = {
@@ -208,8 +209,7 @@ def _leads_here(name: str, data: bytes) -> bool:
         named = json.loads(data).get("auto_map") if name.endswith(".json") else None
     except (ValueError, AttributeError, RecursionError):
         return False
-    values = (PREPROCESSOR | TOKENIZER | CONFIG).values()
-    return isinstance(named, dict) and any(value in values for value in named.values())
+    return isinstance(named, dict) and any(value in EVERYTHING.values() for value in named.values())
 
 
 def _wanted(folder: Path, record: dict) -> tuple[dict[str, bytes], list[str]]:
@@ -253,13 +253,12 @@ def _wanted(folder: Path, record: dict) -> tuple[dict[str, bytes], list[str]]:
     if "tokenizer_config.json" not in texts:
         notes.append("  note: there is no tokenizer_config.json, so AutoTokenizer cannot load this folder")
 
-    everything = PREPROCESSOR | TOKENIZER | CONFIG
     for name in ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "config.json"):
         if name not in texts:
             continue
         # An entry of ours that stands in a file where it need not stand must not lead to other code.
         old = _value(texts, name, "auto_map")
-        stray = {path: value for path, value in everything.items() if isinstance(old, dict) and path[1] in old}
+        stray = {path: value for path, value in EVERYTHING.items() if isinstance(old, dict) and path[1] in old}
         text = texts[name]
         for path, value in (edits[name] | stray).items():
             text = put(text, path, value)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ..response_kimi import ResponseParser, join_deltas
 from . import TEMPERATURE, TOP_P
+from .loading import end_ids
 
 THINKING = {
     "on": {"thinking": True},
@@ -133,11 +134,11 @@ class Dialogue:
                     **self._unread(inputs, known).to(self.model.device),
                     **self._choice(),
                     max_new_tokens=min(self.settings.max_new_tokens, limit - len(ids)),
-                    eos_token_id=self._end_ids(),
+                    eos_token_id=end_ids(self.model),
                     past_key_values=self._cache,
                     streamer=pen,
                 )
-            if pen.said[-1] not in self._end_ids():
+            if pen.said[-1] not in end_ids(self.model):
                 ending = "length"
         except Stopped:
             ending = "stopped"
@@ -196,11 +197,6 @@ class Dialogue:
         if temperature == 0:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": temperature, "top_p": self.settings.top_p, "top_k": 0}
-
-    def _end_ids(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = self.model.config.eos_token_id if ends is None else ends
-        return ends if isinstance(ends, list) else [ends]
 
     @contextmanager
     def _stoppable(self):

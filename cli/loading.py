@@ -38,6 +38,13 @@ def add_options(parser) -> None:
     group.add_argument("--threads", type=between(1, 1024, int), help="of PyTorch on a CPU")
 
 
+def end_ids(model) -> list[int]:
+    """The tokens that end a reply: those of `generation_config.json`, else those of the config."""
+    ends = model.generation_config.eos_token_id
+    ends = model.config.eos_token_id if ends is None else ends
+    return list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+
 def load_checkpoint(
     folder: Path,
     dtype: str = "auto",

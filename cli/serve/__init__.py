@@ -13,7 +13,7 @@ import socket
 from pathlib import Path
 
 from .. import CommandError
-from ..loading import add_options, between, load_checkpoint
+from ..loading import add_options, between, end_ids, load_checkpoint
 
 
 def add_arguments(parser) -> None:
@@ -131,11 +131,9 @@ def load(args):
     text = model.config.text_config
     token_bytes = text.num_hidden_layers * (text.kv_lora_rank + text.qk_rope_head_dim) * model.dtype.itemsize
     tokens = max(1, int(cache_memory or free_memory(model.device) / 5) // token_bytes)
-    ends = model.generation_config.eos_token_id
-    ends = model.config.eos_token_id if ends is None else ends
     engine = Engine(
         model,
-        ends if isinstance(ends, (list, tuple)) else [ends],
+        end_ids(model),
         rows=args.max_running,
         queue=args.max_waiting,
         chunk=args.prefill_chunk,
